@@ -1,0 +1,194 @@
+"""One settings type for each command, made of the groups in `settings.py`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from unsloth_factory.config.settings import (
+    BaseWeights,
+    DataSettings,
+    FinishedRun,
+    GenerationSettings,
+    LoopSettings,
+    ModelSettings,
+    RunSettings,
+    TuningSettings,
+)
+
+CEVAL_LANGUAGES = ("zh", "en")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SftConfig:
+    """Supervised fine-tuning on conversations."""
+
+    model: ModelSettings = field(default_factory=ModelSettings)
+    data: DataSettings = field(default_factory=DataSettings)
+    tuning: TuningSettings = field(default_factory=TuningSettings)
+    loop: LoopSettings = field(default_factory=LoopSettings)
+    run: RunSettings = field(default_factory=RunSettings)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DpoConfig(SftConfig):
+    """Direct preference optimisation (Rafailov et al. 2023, arXiv 2305.18290) on chosen/rejected pairs."""
+
+    beta: float = 0.1
+    """Strength of the pull towards the reference model."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidateConfig:
+    """Base and tuned model side by side on the validation samples and the domain pack's rules."""
+
+    source: FinishedRun = field(default_factory=FinishedRun)
+    model: ModelSettings = field(default_factory=ModelSettings)
+    data: DataSettings = field(default_factory=DataSettings)
+    generation: GenerationSettings = field(default_factory=GenerationSettings)
+    max_samples: int = 100
+    """Validation samples to answer."""
+    batch_size: int = 8
+    """Answers generated together."""
+    save_dir: str | None = None
+    """Folder of the results. Default: validation_results in the run folder."""
+    quantization_bit: Literal[4] | None = None
+    """4 loads the base in NF4. Default: as it was trained."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """A multiple-choice benchmark by per-choice log-probabilities, base and tuned from one load."""
+
+    source: FinishedRun = field(default_factory=FinishedRun)
+    model: ModelSettings = field(default_factory=ModelSettings)
+    task: str = "ceval"
+    """Benchmark: a name of evaluation/benchmarks or a YAML file."""
+    task_dir: str | None = None
+    """Folder of the benchmark's data in its upstream layout (dev/, val/)."""
+    n_shot: int = 5
+    """Worked examples before each question, from the dev split alone."""
+    lang: Literal["zh", "en"] = "zh"
+    """Language of the prompt around the questions."""
+    subjects: str | None = None
+    """Subjects by commas; default: all."""
+    split: Literal["val", "test"] = "val"
+    """Questions that are scored."""
+    batch_size: int = 8
+    """Questions scored together."""
+    no_chat_template: bool = False
+    """Plain text prompt instead of the model's chat template."""
+    think_chain: bool | None = None
+    """Render prompts with thinking on; default: off, because the letter is scored directly."""
+    save_dir: str | None = None
+    """Folder of the results. Default: evaluation_results in the run folder."""
+    quantization_bit: Literal[4] | None = None
+    """4 loads the base in NF4. Default: as it was trained."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatConfig:
+    """Talk to a model in the terminal."""
+
+    source: FinishedRun = field(default_factory=FinishedRun)
+    model: ModelSettings = field(default_factory=ModelSettings)
+    generation: GenerationSettings = field(default_factory=lambda: GenerationSettings(temperature=0.6))
+    domain: str | None = None
+    """Domain pack whose system prompt is used."""
+    system: str | None = None
+    """System prompt."""
+    no_context: bool = False
+    """Answer each line on its own, without the history."""
+    gguf: str | None = None
+    """Chat with this GGUF file through llama.cpp instead."""
+    quantization_bit: Literal[4] | None = None
+    """4 loads the base in NF4. Default: as it was trained."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeConfig:
+    """Write the adapter into 16-bit weights, on the CPU, shard by shard."""
+
+    source: FinishedRun = field(default_factory=FinishedRun)
+    model: ModelSettings = field(default_factory=ModelSettings)
+    output: str | None = None
+    """Folder of the merged model. Default: merged_model in the run folder."""
+    dtype: Literal["auto", "float16", "bfloat16"] = "auto"
+    """auto stores float16 unless a weight overflows it."""
+    max_shard_size: str = "4GB"
+    """Largest weight file."""
+    base_weights: BaseWeights = "auto"
+    """What a QLoRA adapter is added to: the NF4 values it was trained on (as_trained, the default) or the original ones."""
+    compare_base_weights: bool = False
+    """Score both on the validation split and keep the better one."""
+    overwrite: bool = False
+    """Replace an existing merged model."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GgufConfig:
+    """Convert the merged model to GGUF and check that it answers the same."""
+
+    source: FinishedRun = field(default_factory=FinishedRun)
+    model: str | None = None
+    """Merged model folder. Default: merged_model in the run folder."""
+    output: str | None = None
+    """GGUF file. Default: gguf/NAME-f16.gguf in the run folder."""
+    outtype: Literal["f16", "bf16", "q8_0", "f32"] = "f16"
+    """Number format of the matrices."""
+    llama_cpp: str | None = None
+    """Your llama.cpp checkout, whose converter is used instead of the packaged one."""
+    no_check: bool = False
+    """Skip the comparison with transformers (needs the model in memory)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizeConfig:
+    """Quantise a GGUF file."""
+
+    source: FinishedRun = field(default_factory=FinishedRun)
+    gguf: str | None = None
+    """16-bit GGUF file. Default: the one in the run folder."""
+    types: str = "q4_k_m"
+    """Types by commas: q4_0, q4_k_m, q5_k_m, q6_k, q8_0, or another that the library offers."""
+    output: str | None = None
+    """Folder of the quantised files. Default: beside the GGUF file."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeployConfig:
+    """Write the Modelfile and create the model in Ollama."""
+
+    source: FinishedRun = field(default_factory=FinishedRun)
+    gguf: str | None = None
+    """GGUF file to serve. Default: the smallest quantised file in the run folder."""
+    name: str | None = None
+    """Name of the Ollama model. Default: from the run folder's name."""
+    system: str | None = None
+    """System prompt. Default: as trained."""
+    num_ctx: int | None = None
+    """Context length, tokens. Default: the trained sequence length, at least 4096 where the model allows."""
+    temperature: float = 0.6
+    """Sampling temperature that Ollama uses."""
+    ollama_host: str | None = None
+    """Server address. Default: the environment variable OLLAMA_HOST, else http://127.0.0.1:11434."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanConfig:
+    """Run the stages of a plan file one after the other; a stage whose inputs are unchanged is skipped."""
+
+    plan: str | None = None
+    """The plan: a YAML file (the first positional argument)."""
+    output_dir: str | None = None
+    """Run folder, instead of the plan's."""
+    force: bool = False
+    """Run every stage again."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoConfig:
+    """The whole factory on the bundled tiny model and data, offline, in under three minutes."""
+
+    output_dir: str = "output/demo"
+    """Run folder."""

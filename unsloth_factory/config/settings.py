@@ -1,0 +1,208 @@
+"""Every setting of every command, grouped by what it decides. No torch here.
+
+A command's settings are one frozen dataclass in `commands.py` beside this file, made of the groups below. Field names
+are the flags (`--max_seq_length`, `--max-seq-length`) and the YAML keys; the text under a field is its help.
+Checks of one group live in its `__post_init__`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from unsloth_factory.config.errors import UsageError
+
+Engine = Literal["auto", "fast", "unsloth", "standard"]
+FinetuningType = Literal["lora", "full", "freeze"]
+SchedulerType = Literal["cosine", "linear", "constant"]
+OptimizerType = Literal["adamw", "adamw_8bit", "paged_adamw_8bit"]
+LongSamples = Literal["shorten_prompt", "drop"]
+BaseWeights = Literal["auto", "as_trained", "original"]
+
+
+def _require(condition: bool, flag: str, value: object, rule: str) -> None:
+    if not condition:
+        raise UsageError(f"--{flag} {value}: {rule}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSettings:
+    """Which weights, and how they are loaded."""
+
+    model: str | None = None
+    """Model folder, "tiny" (the bundled model), or a hub id such as Qwen/Qwen3-8B (then it is downloaded)."""
+    adapter: str | None = None
+    """Folder of a PEFT adapter to load on the model."""
+    hub: Literal["hf", "modelscope"] = "hf"
+    """Where a hub id is looked up."""
+    engine: Engine = "auto"
+    """Which implementation runs the model; auto prints its choice and the reason."""
+    chat_template: str | None = None
+    """Chat template for a base model without one: a built-in name (chatml) or a Jinja file."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSettings:
+    """Which files become samples, and how."""
+
+    dataset: str | None = None
+    """File, folder, names of dataset_info.json, or several by commas; `file.jsonl#500` takes the first 500 rows."""
+    dataset_dir: str | None = None
+    """Folder of dataset_info.json (LLaMA-Factory's registry) and of relative file names."""
+    dataset_format: str = "auto"
+    """Shape of the rows; auto looks at the column names."""
+    columns: dict[str, str] | None = None
+    """Other column names, role=column: `prompt=ask,response=answer`."""
+    domain: str | None = None
+    """Domain pack: medical, legal, psychology, exam, or a YAML file. Its system prompt and terms are used."""
+    max_seq_length: int = 2048
+    """Longest sample, tokens."""
+    long_samples: LongSamples = "shorten_prompt"
+    """What happens to longer ones. The answer's end is never cut."""
+    data_limit: int | None = None
+    """Take the first N samples."""
+    val_split: float = 0.05
+    """Held out for evaluation: a share below 1, or a number of samples; 0 holds out none."""
+    eval_dataset: str | None = None
+    """Evaluation samples from a file of their own instead of --val_split."""
+    encoding: str = "auto"
+    """Text encoding of the files; auto detects UTF-8, GBK and GB18030."""
+
+    def __post_init__(self) -> None:
+        _require(self.max_seq_length >= 16, "max_seq_length", self.max_seq_length, "at least 16 tokens")
+        _require(self.data_limit is None or self.data_limit >= 1, "data_limit", self.data_limit, "at least 1")
+        _require(self.val_split >= 0, "val_split", self.val_split, "0, a share below 1, or a number of samples")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuningSettings:
+    """Which parameters train."""
+
+    finetuning_type: FinetuningType = "lora"
+    """lora, full, or freeze (only the last layers train)."""
+    quantization_bit: Literal[4] | None = None
+    """4 loads the frozen base in NF4 with double quantisation (QLoRA). Default: 4 on a GPU, none on a CPU."""
+    lora_r: int = 16
+    """Rank of the LoRA matrices."""
+    lora_alpha: float = 32.0
+    """LoRA scale times rank."""
+    lora_dropout: float = 0.0
+    """Dropout on the LoRA input."""
+    lora_target: str = "all"
+    """Modules by name, comma-separated, or all linear layers but the head."""
+    freeze_last_n: int = 2
+    """Layers that train with --finetuning_type freeze."""
+    no_quantization: bool = False
+    """Keep the base in 16 bit on a GPU (LoRA instead of QLoRA)."""
+
+    def __post_init__(self) -> None:
+        _require(self.lora_r >= 1, "lora_r", self.lora_r, "at least 1")
+        _require(0 <= self.lora_dropout < 1, "lora_dropout", self.lora_dropout, "from 0 to below 1")
+        _require(self.freeze_last_n >= 1, "freeze_last_n", self.freeze_last_n, "at least 1")
+        if self.quantization_bit and self.finetuning_type != "lora":
+            raise UsageError(
+                f"--quantization_bit {self.quantization_bit} with --finetuning_type {self.finetuning_type}: "
+                "4-bit weights cannot train themselves; use --finetuning_type lora or drop --quantization_bit"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopSettings:
+    """How the optimizer walks over the samples."""
+
+    epochs: float = 3.0
+    """Passes over the training samples."""
+    max_steps: int | None = None
+    """Stop after this many optimizer steps, whatever --epochs says."""
+    batch_size: int = 2
+    """Samples in one micro-batch."""
+    accumulation_steps: int = 4
+    """Micro-batches in one optimizer step."""
+    learning_rate: float | None = None
+    """Peak learning rate. Default: 2e-4 (LoRA), 1e-5 (full, freeze), 5e-6 (preference methods)."""
+    lr_scheduler_type: SchedulerType = "cosine"
+    """Shape of the learning rate after the warm-up."""
+    warmup_ratio: float = 0.03
+    """Share of the steps in which the learning rate rises from 0."""
+    optimizer: OptimizerType = "adamw"
+    """adamw_8bit and paged_adamw_8bit keep their state in 8 bit (bitsandbytes)."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay of matrices; biases and norms have none."""
+    max_grad_norm: float = 1.0
+    """Gradient clipping, L2 norm over all trained parameters."""
+    no_gradient_checkpointing: bool = False
+    """Keep activations instead of recomputing them: faster, more memory. (A CPU never recomputes.)"""
+    no_packing: bool = False
+    """Pad the samples of a micro-batch instead of packing them into one row."""
+    seed: int = 3407
+    """Seed of the sample order, dropout and initial LoRA weights."""
+    dataloader_workers: int = 0
+    """Accepted for compatibility: a batch is a function of (seed, step) made in under a millisecond."""
+
+    def __post_init__(self) -> None:
+        _require(self.epochs > 0, "epochs", self.epochs, "above 0")
+        for flag in ("batch_size", "accumulation_steps"):
+            _require(getattr(self, flag) >= 1, flag, getattr(self, flag), "at least 1")
+        _require(self.max_steps is None or self.max_steps >= 1, "max_steps", self.max_steps, "at least 1")
+        _require(0 <= self.warmup_ratio < 1, "warmup_ratio", self.warmup_ratio, "from 0 to below 1")
+        _require(
+            self.learning_rate is None or 0 < self.learning_rate < 1,
+            "learning_rate",
+            self.learning_rate,
+            "between 0 and 1, such as 2e-4",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings:
+    """Where the run lives, and when it reports and saves."""
+
+    output_dir: str | None = None
+    """Run folder. Default: output/COMMAND-DATE-TIME."""
+    resume: str | None = None
+    """auto continues from the newest intact checkpoint of the run folder; a path from that one."""
+    overwrite: bool = False
+    """Start anew in a folder that already holds checkpoints (they are deleted)."""
+    save_steps: int = 100
+    """Optimizer steps between checkpoints."""
+    save_total_limit: int = 2
+    """Checkpoints kept; older ones are deleted after the new one is on disk."""
+    logging_steps: int = 10
+    """Optimizer steps between printed lines (metrics.jsonl has every step)."""
+    eval_steps: int | None = None
+    """Optimizer steps between evaluations. Default: as --save_steps."""
+    report_to: str = "none"
+    """Trackers by commas: tensorboard, wandb, swanlab, mlflow."""
+
+    def __post_init__(self) -> None:
+        for flag in ("save_steps", "save_total_limit", "logging_steps"):
+            _require(getattr(self, flag) >= 1, flag, getattr(self, flag), "at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinishedRun:
+    """A finished training run that a later command builds on; explicit flags win over what the run recorded."""
+
+    run: str | None = None
+    """Run folder of a training: model, adapter, template, domain and thinking mode are read from it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationSettings:
+    """How answers are generated."""
+
+    max_new_tokens: int = 512
+    """Longest answer, tokens."""
+    think_chain: bool | None = None
+    """Let the model think before it answers. Default: as it was trained; the run knows."""
+    temperature: float = 0.0
+    """Sampling temperature; 0 takes the likeliest token."""
+    top_p: float = 0.95
+    """Nucleus sampling: the smallest set of tokens with this probability."""
+    top_k: int = 20
+    """Sample from the k likeliest tokens."""
+
+    def __post_init__(self) -> None:
+        _require(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "at least 1")
+        _require(0 <= self.temperature <= 2, "temperature", self.temperature, "from 0 to 2")
+        _require(0 < self.top_p <= 1, "top_p", self.top_p, "above 0, at most 1")
