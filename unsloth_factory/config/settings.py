@@ -55,6 +55,8 @@ class DataSettings:
     """Other column names, role=column: `prompt=ask,response=answer`."""
     domain: str | None = None
     """Domain pack: medical, legal, psychology, exam, or a YAML file. Its system prompt and terms are used."""
+    system: str | None = None
+    """System prompt of rows without one. Default: the domain pack's."""
     max_seq_length: int = 2048
     """Longest sample, tokens."""
     long_samples: LongSamples = "shorten_prompt"

@@ -72,7 +72,7 @@ class RunFolder:
             UserError: The folder has none, or one that this version cannot read.
         """
         if not self.manifest.is_file():
-            raise UserError(f"{self.path} is not a run folder: it has no run.yaml. Give --run the folder of a training.")
+            raise UserError(f"--run {self.path}: not a run folder (it has no run.yaml); give the folder of a training")
         try:
             values = yaml.safe_load(self.manifest.read_text(encoding="utf-8"))
             known = {f.name for f in fields(RunManifest)}

@@ -1,0 +1,38 @@
+# The two commands that need nothing but Python >= 3.11: `make demo` and `make test`.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+export HF_HUB_OFFLINE ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: install demo test lint peers gpu clean
+install: $(VENV)/.installed
+
+# torch is asked for first and by its exact version: a looser range pulls gigabytes of CUDA onto a machine without a GPU.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[export,excel,dev]'
+	touch $@
+
+demo: install
+	$(BIN)/uf demo
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: install lint
+	$(BIN)/python -m pytest --cov --cov-report=term --cov-fail-under=85
+
+peers: install
+	$(BIN)/python -m pip install --quiet -c constraints.txt trl
+	$(BIN)/python -m pytest -m peer
+
+gpu: install
+	$(BIN)/python -m pytest -m gpu
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .coverage* build *.egg-info

@@ -1,0 +1,124 @@
+"""The command line: a table of commands, one parse, and the chosen command imported only then."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import signal
+import sys
+import textwrap
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, get_args, get_origin
+
+from unsloth_factory import __version__
+from unsloth_factory.config import commands as settings
+from unsloth_factory.config.errors import UsageError, UserError
+from unsloth_factory.config.fields import Setting, settings_of
+from unsloth_factory.config.parse import parse, suggestion
+from unsloth_factory.config.values import without_none
+
+
+@dataclass(frozen=True)
+class Command:
+    """One line of the table: what it does, its settings type, and "module:function" of its work."""
+
+    help: str
+    config_type: type[Any]
+    target: str
+
+
+COMMANDS = {
+    "sft": Command("fine-tune on conversations", settings.SftConfig, "commands.train:run_sft"),
+    "dpo": Command("align on preference pairs", settings.DpoConfig, "commands.train:run_dpo"),
+    "validate": Command("base against tuned on held-out samples", settings.ValidateConfig, "commands.validate:run"),
+    "evaluate": Command("score a benchmark such as C-Eval", settings.EvaluateConfig, "commands.evaluate:run"),
+    "chat": Command("talk to the model", settings.ChatConfig, "commands.chat:run"),
+    "merge": Command("write the adapter into 16-bit weights", settings.MergeConfig, "commands.merge:run"),
+    "gguf": Command("convert to GGUF and check it", settings.GgufConfig, "commands.gguf:run"),
+    "quantize": Command("quantise a GGUF file", settings.QuantizeConfig, "commands.quantize:run"),
+    "deploy": Command("write the Modelfile, create the Ollama model", settings.DeployConfig, "commands.deploy:run"),
+    "run": Command("all stages of a plan file", settings.PlanConfig, "commands.plan:run"),
+    "demo": Command("the whole factory on bundled data, offline", settings.DemoConfig, "commands.demo:run"),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; the exit code is 0 (fine), 1 (failed), 2 (wrong usage), 130 or 143 (stopped, resumable)."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _dispatch(arguments)
+    except UserError as error:
+        print(f"uf: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("uf: interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
+    except BrokenPipeError:
+        # The reader of our output left (`uf ... | head`); a second failure at exit is kept from printing.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _dispatch(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("help", "--help", "-h"):
+        print(_overview() if len(arguments) < 2 else _command_help(_find(arguments[1]), arguments[1]))
+        return 0
+    if arguments[0] in ("--version", "-V"):
+        print(f"unsloth-factory {__version__}")
+        return 0
+    name, rest = arguments[0], arguments[1:]
+    command = _find(name)
+    if "--help" in rest or "-h" in rest:
+        print(_command_help(command, name))
+        return 0
+    parsed = parse(command.config_type, rest, command=name)
+    for note in parsed.notes:
+        print(f"note: {note}", file=sys.stderr)
+    return _load(command.target)(parsed.config)
+
+
+def _find(name: str) -> Command:
+    if name not in COMMANDS:
+        raise UsageError(f"{name}: unknown command.{suggestion(name, COMMANDS)} Commands: {', '.join(COMMANDS)}.")
+    return COMMANDS[name]
+
+
+def _load(target: str) -> Callable[[Any], int]:
+    module, _, function = target.partition(":")
+    return getattr(importlib.import_module(f"unsloth_factory.{module}"), function)
+
+
+def _overview() -> str:
+    lines = [f"unsloth-factory {__version__}: fine-tune, check and ship a language model on one small GPU", ""]
+    lines += ["usage: uf COMMAND [settings.yaml] [--flag value ...]", ""]
+    lines += [f"  {name:10} {command.help}" for name, command in COMMANDS.items()]
+    lines += ["", "uf COMMAND --help lists its flags. `uf demo` shows everything in under three minutes."]
+    return "\n".join(lines)
+
+
+def _command_help(command: Command, name: str) -> str:
+    lines = [f"usage: uf {name} [settings.yaml] [--flag value ...]", "", *_wrapped(command.config_type.__doc__ or "")]
+    group = None
+    for setting in settings_of(command.config_type).values():
+        if setting.group != group:
+            group = setting.group
+            lines += ["", group]
+        lines += _flag_help(setting)
+    return "\n".join(lines)
+
+
+def _flag_help(setting: Setting) -> list[str]:
+    shown = setting.default is not None and setting.default is not False
+    default = f" [{setting.default}]" if shown else ""
+    target, _ = without_none(setting.annotation)
+    choices = " | ".join(map(str, get_args(target))) if get_origin(target) is Literal else ""
+    return [f"  --{setting.name} {choices}{default}".rstrip(), *_wrapped(setting.help, indent="        ")]
+
+
+def _wrapped(text: str, indent: str = "") -> list[str]:
+    return textwrap.wrap(" ".join(text.split()), width=100, initial_indent=indent, subsequent_indent=indent)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

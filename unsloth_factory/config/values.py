@@ -1,0 +1,94 @@
+"""Text and YAML values -> the type that a field declares."""
+
+from __future__ import annotations
+
+import math
+import types
+from typing import Any, Literal, Union, get_args, get_origin
+
+TRUE_WORDS = {"true", "yes", "on", "1"}
+FALSE_WORDS = {"false", "no", "off", "0"}
+
+
+class BadValue(ValueError):
+    """The value does not fit the declared type; the message says what would."""
+
+
+def without_none(annotation: Any) -> tuple[Any, bool]:
+    """`int | None` -> (int, True); any other annotation -> (itself, False)."""
+    if get_origin(annotation) in (Union, types.UnionType):
+        rest = [part for part in get_args(annotation) if part is not type(None)]
+        if len(rest) == 1:
+            return rest[0], True
+    return annotation, False
+
+
+def convert(value: Any, annotation: Any) -> Any:
+    """Bring a command-line text or a YAML value to a field's type.
+
+    YAML 1.1 reads `1e-4` as text and `no` as false; numbers are therefore taken from text as well, and a truth value
+    never passes for a number or a name.
+
+    Raises:
+        BadValue: It does not fit.
+    """
+    target, optional = without_none(annotation)
+    if value is None or (optional and isinstance(value, str) and value.lower() in ("none", "null")):
+        if optional:
+            return None
+        raise BadValue("needs a value")
+    if get_origin(target) is Literal:
+        return _choice(value, get_args(target))
+    if target is bool:
+        return _truth(value)
+    if target is int:
+        return _whole_number(value)
+    if target is float:
+        return _number(value)
+    if get_origin(target) is dict:
+        return _mapping(value)
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise BadValue(f"expects a text, got {value!r} (put it in quotes if it is one)")
+    return str(value)
+
+
+def _choice(value: Any, choices: tuple[Any, ...]) -> Any:
+    for choice in choices:
+        if not isinstance(value, bool) and str(value).lower() == str(choice).lower():
+            return choice
+    raise BadValue(f"must be one of {', '.join(map(str, choices))}")
+
+
+def _truth(value: Any) -> bool:
+    word = str(value).lower()
+    if word in TRUE_WORDS or word in FALSE_WORDS:
+        return word in TRUE_WORDS
+    raise BadValue("must be true or false")
+
+
+def _whole_number(value: Any) -> int:
+    number = _number(value)
+    if number != int(number):
+        raise BadValue("must be a whole number")
+    return int(number)
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool):
+        raise BadValue("must be a number, not true/false")
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise BadValue("must be a number") from None
+    if not math.isfinite(number):
+        raise BadValue("must be a finite number")
+    return number
+
+
+def _mapping(value: Any) -> dict[str, str]:
+    if isinstance(value, dict):
+        return {str(key): str(item) for key, item in value.items()}
+    pairs = [part.split("=", 1) for part in str(value).split(",") if part.strip()]
+    if not pairs or any(len(pair) != 2 for pair in pairs):
+        raise BadValue("must look like name=value,name=value")
+    return {key.strip(): item.strip() for key, item in pairs}
