@@ -122,9 +122,11 @@ def test_wrong_yaml(tmp_path: Path, text: str, message: str) -> None:
 
 def test_yaml_numbers_as_text_and_truths(tmp_path: Path) -> None:
     job = tmp_path / "job.yaml"
-    job.write_text("learning_rate: 1e-4\nno_packing: yes\nsystem: 'no'\n")
-    with pytest.raises(UsageError, match="system"):
+    job.write_text("system: no\n")
+    with pytest.raises(UsageError, match="system.*put it in quotes"):
         parse(SftConfig, [str(job)])
+    job.write_text("system: 'no'\n")
+    assert parse(SftConfig, [str(job)]).config.data.system == "no"
     job.write_text("learning_rate: 1e-4\nno_packing: yes\ncolumns: {prompt: ask, response: answer}\n")
     config = parse(SftConfig, [str(job)]).config
     assert config.loop.learning_rate == 1e-4

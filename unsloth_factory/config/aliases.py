@@ -30,7 +30,7 @@ ALIASES = {
     "export_dir": "output",
 }
 
-# The reference's and LLaMA-Factory's `max_samples` limits the data of a training; in `validate` it is a flag of its own.
+# LLaMA-Factory's `max_samples` limits the data of a training; in `validate` it is a flag of its own.
 TRAINING_ALIASES = {"max_samples": "data_limit"}
 
 VALUE_ALIASES = {

@@ -118,7 +118,7 @@ class MergeConfig:
     max_shard_size: str = "4GB"
     """Largest weight file."""
     base_weights: BaseWeights = "auto"
-    """What a QLoRA adapter is added to: the NF4 values it was trained on (as_trained, the default) or the original ones."""
+    """Base of a QLoRA adapter: the NF4 values it was trained on (as_trained, the default) or the original ones."""
     compare_base_weights: bool = False
     """Score both on the validation split and keep the better one."""
     overwrite: bool = False
