@@ -1,0 +1,215 @@
+"""Conversations and preference pairs to token rows that fit the sequence length."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, TypeVar
+
+import numpy as np
+
+from unsloth_factory.config.errors import UserError
+from unsloth_factory.config.settings import LongSamples
+from unsloth_factory.data.template import ChatTemplate
+from unsloth_factory.data.types import Conversation, DataReport, PreferencePair, TokenPair, TokenSample, Turn
+
+if TYPE_CHECKING:
+    from rich.text import Text
+
+# Rows handed to the tokenizer at once: large enough to hide the call, small enough to keep texts out of memory.
+CHUNK = 256
+GAP = " … "
+_Item = TypeVar("_Item")
+
+
+def encode_samples(
+    conversations: Sequence[Conversation],
+    template: ChatTemplate,
+    max_seq_length: int,
+    long_samples: LongSamples = "shorten_prompt",
+    report: DataReport | None = None,
+) -> list[TokenSample]:
+    """Token rows of all conversations, none longer than `max_seq_length` tokens.
+
+    Args:
+        conversations: What is trained on.
+        template: Renders and encodes.
+        max_seq_length: Longest row, tokens.
+        long_samples: "drop" leaves longer rows out; "shorten_prompt" cuts their prompt, never the answer: the oldest
+            turns go first, then the middle of the longest user text.
+        report: Gets the counts and the token statistics.
+
+    Raises:
+        UserError: A row has no trained token, or no row is left.
+    """
+    report = report if report is not None else DataReport()
+    samples: list[TokenSample] = []
+    for part in _chunks(conversations):
+        for conversation, rows in zip(part, template.encode_conversations(part), strict=True):
+            for number, row in enumerate(rows):
+                if len(row.ids) > max_seq_length:
+                    turns = conversation.turns if len(rows) == 1 else _until_answer(conversation.turns, number)
+                    joined = len(rows) == 1
+                    shorter = None
+                    if long_samples == "shorten_prompt":
+                        shorter = _shorten_sample(turns, conversation.source, template, max_seq_length, joined)
+                    _count(report, shorter)
+                    if shorter is None:
+                        continue
+                    row = shorter
+                _require_trained(row)
+                samples.append(row)
+    _finish(report, samples, len(conversations), max_seq_length)
+    return samples
+
+
+def encode_pairs(
+    pairs: Sequence[PreferencePair],
+    template: ChatTemplate,
+    max_seq_length: int,
+    long_samples: LongSamples = "shorten_prompt",
+    report: DataReport | None = None,
+) -> list[TokenPair]:
+    """Token rows of all pairs; chosen and rejected keep the same prompt. Arguments and errors as `encode_samples`."""
+    report = report if report is not None else DataReport()
+    out: list[TokenPair] = []
+    for part in _chunks(pairs):
+        for pair, encoded in zip(part, template.encode_pairs(part), strict=True):
+            if _pair_length(encoded) > max_seq_length:
+                shorter = _shorten_pair(pair, template, max_seq_length) if long_samples == "shorten_prompt" else None
+                _count(report, shorter)
+                if shorter is None:
+                    continue
+                encoded = shorter
+            _require_trained(encoded.chosen)
+            _require_trained(encoded.rejected)
+            out.append(encoded)
+    rows = [row for pair in out for row in (pair.chosen, pair.rejected)]
+    _finish(report, rows, len(pairs), max_seq_length)
+    return out
+
+
+def describe_sample(template: ChatTemplate, sample: TokenSample) -> Text:
+    """The rendered sample; the trained part is bold green and stands between ⟦ and ⟧."""
+    from rich.text import Text
+
+    text = Text()
+    edges = np.flatnonzero(np.diff(sample.trained)) + 1
+    for ids, flags in zip(np.split(sample.ids, edges), np.split(sample.trained, edges), strict=True):
+        piece = template.tokenizer.decode(ids.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        text.append(f"⟦{piece}⟧" if flags[0] else piece, style="bold green" if flags[0] else "dim")
+    return text
+
+
+def _chunks(items: Sequence[_Item]) -> Iterator[Sequence[_Item]]:
+    return (items[start : start + CHUNK] for start in range(0, len(items), CHUNK))
+
+
+def _until_answer(turns: Sequence[Turn], number: int) -> tuple[Turn, ...]:
+    """The turns up to and with the assistant turn `number`, counted from 0."""
+    ends = [i for i, turn in enumerate(turns) if turn.role == "assistant"]
+    return tuple(turns[: ends[number] + 1])
+
+
+def _shorten_sample(
+    turns: Sequence[Turn], source: str, template: ChatTemplate, limit: int, joined: bool
+) -> TokenSample | None:
+    def encode(prompt: tuple[Turn, ...]) -> TokenSample:
+        kept = (*prompt, turns[-1])
+        if not joined:
+            return template.encode_answer(kept, source)
+        rows = template.encode_conversation(Conversation(kept, source))
+        return rows[-1]
+
+    return _shorten(tuple(turns[:-1]), encode, lambda row: len(row.ids), limit)
+
+
+def _shorten_pair(pair: PreferencePair, template: ChatTemplate, limit: int) -> TokenPair | None:
+    def encode(prompt: tuple[Turn, ...]) -> TokenPair:
+        return template.encode_pair(replace(pair, prompt=prompt))
+
+    return _shorten(pair.prompt, encode, _pair_length, limit)
+
+
+def _shorten(
+    prompt: tuple[Turn, ...],
+    encode: Callable[[tuple[Turn, ...]], _Item],
+    length: Callable[[_Item], int],
+    limit: int,
+) -> _Item | None:
+    """The row with the longest prompt that fits, or None when not even an empty user text makes it fit."""
+    system = tuple(turn for turn in prompt[:1] if turn.role == "system")
+    starts = [i for i, turn in enumerate(prompt) if turn.role == "user"]
+    for start in starts[1:]:
+        row = encode((*system, *prompt[start:]))
+        if length(row) <= limit:
+            return row
+    kept = (*system, *prompt[starts[-1] :])
+    texts = [i for i, turn in enumerate(kept) if turn.role in ("user", "tool")]
+    longest = max(texts, key=lambda i: len(kept[i].content))
+    content = kept[longest].content
+
+    def cut(characters: int) -> _Item:
+        turn = replace(kept[longest], content=_without_middle(content, characters))
+        return encode((*kept[:longest], turn, *kept[longest + 1 :]))
+
+    return _largest_fit(cut, length, len(content) - 1, limit)
+
+
+def _largest_fit(cut: Callable[[int], _Item], length: Callable[[_Item], int], most: int, limit: int) -> _Item | None:
+    """Bisect the number of characters kept, to within 1/64 of the text; at least one character stays."""
+    best = None
+    low, high = 1, most
+    step = max(1, most // 64)
+    while low <= high:
+        middle = (low + high) // 2
+        row = cut(middle)
+        if length(row) <= limit:
+            best, low = row, middle + step
+        else:
+            high = middle - step
+    return best
+
+
+def _without_middle(text: str, characters: int) -> str:
+    """The first and last halves of what is kept: questions carry their point at either end."""
+    head = (characters + 1) // 2
+    tail = characters - head
+    return text[:head] + GAP + (text[-tail:] if tail else "")
+
+
+def _pair_length(pair: TokenPair) -> int:
+    return max(len(pair.chosen.ids), len(pair.rejected.ids))
+
+
+def _count(report: DataReport, shorter: object | None) -> None:
+    if shorter is None:
+        report.dropped_too_long += 1
+    else:
+        report.shortened += 1
+
+
+def _require_trained(sample: TokenSample) -> None:
+    if not sample.trained.any():
+        raise UserError(f"{sample.source}: no token of this row would be trained. Remove the row or fill its answer.")
+
+
+def _finish(report: DataReport, samples: Sequence[TokenSample], given: int, limit: int) -> None:
+    if not samples:
+        raise UserError(
+            f"No sample is left of {given}: all are longer than --max_seq_length {limit}. "
+            "Raise it, or keep --long_samples shorten_prompt, which cuts prompts but not answers."
+            if given
+            else "There is no sample to train on."
+        )
+    lengths = np.array([len(sample.ids) for sample in samples])
+    trained = int(sum(int(sample.trained.sum()) for sample in samples))
+    report.tokens = {
+        "total": int(lengths.sum()),
+        "trained": trained,
+        "trained_share": round(trained / int(lengths.sum()), 4),
+        "mean": round(float(lengths.mean()), 1),
+        "p50": float(np.percentile(lengths, 50)),
+        "p95": float(np.percentile(lengths, 95)),
+        "max": int(lengths.max()),
+    }
