@@ -1,46 +1,19 @@
-"""The command line: a table of commands, one parse, and the chosen command imported only then."""
+"""The command line: one parse, and the chosen command imported only then (the table is config/table.py)."""
 
 from __future__ import annotations
 
-import importlib
 import os
 import signal
 import sys
 import textwrap
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal, get_args, get_origin
+from typing import Literal, get_args, get_origin
 
 from unsloth_factory import __version__
-from unsloth_factory.config import commands as settings
 from unsloth_factory.config.errors import UsageError, UserError
 from unsloth_factory.config.fields import Setting, settings_of
 from unsloth_factory.config.parse import parse, suggestion
+from unsloth_factory.config.table import COMMANDS, Command
 from unsloth_factory.config.values import without_none
-
-
-@dataclass(frozen=True)
-class Command:
-    """One line of the table: what it does, its settings type, and "module:function" of its work."""
-
-    help: str
-    config_type: type[Any]
-    target: str
-
-
-COMMANDS = {
-    "sft": Command("fine-tune on conversations", settings.SftConfig, "commands.train:run_sft"),
-    "dpo": Command("align on preference pairs", settings.DpoConfig, "commands.train:run_dpo"),
-    "validate": Command("base against tuned on held-out samples", settings.ValidateConfig, "commands.validate:run"),
-    "evaluate": Command("score a benchmark such as C-Eval", settings.EvaluateConfig, "commands.evaluate:run"),
-    "chat": Command("talk to the model", settings.ChatConfig, "commands.chat:run"),
-    "merge": Command("write the adapter into 16-bit weights", settings.MergeConfig, "commands.merge:run"),
-    "gguf": Command("convert to GGUF and check it", settings.GgufConfig, "commands.gguf:run"),
-    "quantize": Command("quantise a GGUF file", settings.QuantizeConfig, "commands.quantize:run"),
-    "deploy": Command("write the Modelfile, create the Ollama model", settings.DeployConfig, "commands.deploy:run"),
-    "run": Command("all stages of a plan file", settings.PlanConfig, "commands.plan:run"),
-    "demo": Command("the whole factory on bundled data, offline", settings.DemoConfig, "commands.demo:run"),
-}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -75,18 +48,13 @@ def _dispatch(arguments: list[str]) -> int:
     parsed = parse(command.config_type, rest, command=name)
     for note in parsed.notes:
         print(f"note: {note}", file=sys.stderr)
-    return _load(command.target)(parsed.config)
+    return command.load()(parsed.config)
 
 
 def _find(name: str) -> Command:
     if name not in COMMANDS:
         raise UsageError(f"{name}: unknown command.{suggestion(name, COMMANDS)} Commands: {', '.join(COMMANDS)}.")
     return COMMANDS[name]
-
-
-def _load(target: str) -> Callable[[Any], int]:
-    module, _, function = target.partition(":")
-    return getattr(importlib.import_module(f"unsloth_factory.{module}"), function)
 
 
 def _overview() -> str:

@@ -94,7 +94,7 @@ def test_light_rooms_stay_light() -> None:
 def test_lazy_commands_exist() -> None:
     from importlib import import_module
 
-    from unsloth_factory.cli import COMMANDS
+    from unsloth_factory.config.table import COMMANDS
 
     for name, command in COMMANDS.items():
         module, _, function = command.target.partition(":")

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from unsloth_factory.cli import COMMANDS, main
+from unsloth_factory.cli import main
 from unsloth_factory.config.commands import ChatConfig, DpoConfig, EvaluateConfig, MergeConfig, SftConfig
 from unsloth_factory.config.errors import UsageError
 from unsloth_factory.config.fields import settings_of
 from unsloth_factory.config.parse import build, flat_values, parse
+from unsloth_factory.config.table import COMMANDS
 
 REFERENCE = {
     "sft": "--model m --domain medical --dataset d.json --dataset_format alpaca --output_dir o --epochs 3 "

@@ -67,6 +67,24 @@ def parse(config_type: type[Any], argv: list[str], command: str = "") -> Parsed:
     return Parsed(build(config_type, values), notes)
 
 
+def from_mapping(config_type: type[Any], mapping: dict[str, Any], where: str, command: str = "") -> Parsed:
+    """Settings from a mapping such as a stage of a plan; `where` opens each message.
+
+    Raises:
+        UsageError: All mistakes at once.
+    """
+    table = settings_of(config_type)
+    problems: list[str] = []
+    notes: list[str] = []
+    given: dict[str, _Given] = {}
+    for key, value in mapping.items():
+        _take(str(key), value, f"{where}: {key}", (table, command, given, problems, notes))
+    values = _converted(given.values(), table, problems)
+    if problems:
+        raise UsageError("\n".join(problems))
+    return Parsed(build(config_type, values), notes)
+
+
 def build(config_type: type[ConfigT], values: dict[str, Any]) -> ConfigT:
     """Make a settings object from flat, converted values; the groups check themselves.
 

@@ -1,0 +1,202 @@
+"""`uf run plan.yaml`: the stages of a plan in order, each skipped when its inputs are unchanged."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from unsloth_factory import __version__
+from unsloth_factory.commands.summary import write_summary
+from unsloth_factory.config.commands import PlanConfig
+from unsloth_factory.config.errors import UsageError
+from unsloth_factory.config.fields import settings_of
+from unsloth_factory.config.parse import canonical, flat_values, from_mapping, suggestion
+from unsloth_factory.config.table import COMMANDS
+from unsloth_factory.config.yaml_file import read_yaml
+from unsloth_factory.run.folder import RunFolder
+from unsloth_factory.run.stages import StageCache, stage_key
+
+TRAINING = ("sft", "dpo")
+PATH_SETTINGS = ("dataset", "eval_dataset", "dataset_dir", "model", "adapter", "domain", "task_dir", "chat_template")
+# What each command of a plan makes in the run folder, and which earlier results it reads.
+OUTPUTS = {
+    "sft": ("final_adapter", "final_model", "run.yaml", "validation_split.jsonl"),
+    "dpo": ("final_adapter", "final_model", "run.yaml", "validation_split.jsonl"),
+    "validate": ("validation_results",),
+    "evaluate": ("evaluation_results",),
+    "merge": ("merged_model",),
+    "gguf": ("gguf",),
+    "quantize": ("gguf",),
+    "deploy": ("Modelfile",),
+}
+READS = {
+    "sft": TRAINING,
+    "dpo": TRAINING,
+    "validate": TRAINING,
+    "evaluate": TRAINING,
+    "merge": TRAINING,
+    "gguf": ("merge",),
+    "quantize": ("gguf",),
+    "deploy": ("gguf", "quantize"),
+}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One checked stage of a plan."""
+
+    label: str
+    """The command, numbered when it stands in the plan more than once: "validate-2"."""
+    command: str
+    config: Any
+    folder: Path
+    """Run folder that it works on."""
+
+
+def run(config: PlanConfig) -> int:
+    """Run a plan file."""
+    if config.plan is None:
+        raise UsageError("uf run needs a plan file: uf run plan.yaml")
+    return run_plan(Path(config.plan), config.output_dir, force=config.force)
+
+
+def run_plan(path: Path, output_dir: str | None, *, force: bool = False) -> int:
+    """Check every stage's settings, then run them; the first that fails ends the plan.
+
+    Raises:
+        UsageError: The plan is wrong; nothing was started.
+    """
+    started = time.monotonic()
+    root, stages = read_plan(path, output_dir)
+    console = Console()
+    root.mkdir(parents=True, exist_ok=True)
+    cache = StageCache(root / "stages.json")
+    keys: dict[str, str] = {}
+    seconds: dict[str, float] = {}
+    for number, stage in enumerate(stages, 1):
+        keys[stage.label] = key = _key(stage, stages[: number - 1], keys)
+        title = f"[{number}/{len(stages)}] {stage.label}"
+        hit = None if force else cache.hit(stage.label, key)
+        if hit is not None:
+            console.print(f"{title}: unchanged, skipped", style="dim", highlight=False)
+            seconds[stage.label] = hit["figures"]["seconds"]
+            continue
+        console.rule(title, align="left")
+        begun = time.monotonic()
+        cache.forget(stage.label)
+        code = COMMANDS[stage.command].load()(stage.config)
+        if code != 0:
+            return code
+        seconds[stage.label] = round(time.monotonic() - begun, 1)
+        cache.store(stage.label, key, _outputs(stage), {"seconds": seconds[stage.label]})
+    write_summary(RunFolder(stages[-1].folder), root, seconds, time.monotonic() - started)
+    return 0
+
+
+def read_plan(path: Path, output_dir: str | None) -> tuple[Path, list[Stage]]:
+    """Read and check a plan; settings outside `stages` go to every stage that knows them.
+
+    `${plan_dir}` in a value stands for the plan file's folder.
+
+    Raises:
+        UsageError: Naming the file, stage and setting.
+    """
+    plan = {str(k): _expand(v, str(path.resolve().parent)) for k, v in read_yaml(path).items()}
+    entries = plan.pop("stages", None)
+    if not isinstance(entries, list) or not entries:
+        raise UsageError(f"{path}: a plan needs a list `stages:` such as `- sft: {{dataset: data.csv}}`")
+    root = Path(output_dir or plan.pop("output_dir", None) or f"output/{path.stem}")
+    plan.pop("output_dir", None)
+    pairs = [_entry(entry, index, path) for index, entry in enumerate(entries, 1)]
+    _check_common(plan, pairs, path)
+    several = sum(command in TRAINING for command, _ in pairs) > 1
+    folder = root
+    stages: list[Stage] = []
+    for command, values in pairs:
+        if command in TRAINING and several:
+            folder = root / command
+        settings = _stage_settings(command, {**_known(plan, command), **values}, folder, stages)
+        config = from_mapping(COMMANDS[command].config_type, settings, f"{path}: {command}", command).config
+        stages.append(Stage(_label(command, stages), command, config, folder))
+    return root, stages
+
+
+def _entry(entry: Any, index: int, path: Path) -> tuple[str, dict[str, Any]]:
+    if isinstance(entry, str):
+        entry = {entry: None}
+    if not isinstance(entry, dict) or len(entry) != 1:
+        raise UsageError(f"{path}: stage {index} must be one command with its settings, `- sft: {{epochs: 3}}`")
+    command, values = next(iter(entry.items()))
+    if command not in OUTPUTS:
+        raise UsageError(
+            f"{path}: stage {index}: {command} is no stage.{suggestion(str(command), OUTPUTS)} "
+            f"Stages: {', '.join(OUTPUTS)}."
+        )
+    if values is not None and not isinstance(values, dict):
+        raise UsageError(f"{path}: stage {index}, {command}: expected settings, got {values!r}")
+    return command, values or {}
+
+
+def _check_common(plan: dict[str, Any], pairs: list[tuple[str, dict[str, Any]]], path: Path) -> None:
+    known = {key for command, _ in pairs for key in settings_of(COMMANDS[command].config_type)}
+    for key in plan:
+        tables = [settings_of(COMMANDS[command].config_type) for command, _ in pairs]
+        if not any(canonical(key, table) in table for table in tables):
+            raise UsageError(f"{path}: {key}: no stage of this plan has this setting.{suggestion(key, known)}")
+
+
+def _known(plan: dict[str, Any], command: str) -> dict[str, Any]:
+    """The plan's common settings that this command has. After the training, the run folder answers for the model."""
+    table = settings_of(COMMANDS[command].config_type)
+    skip = () if command in TRAINING else ("model", "domain", "adapter", "dataset", "chat_template", "system")
+    return {k: v for k, v in plan.items() if canonical(k, table) in table and canonical(k, table) not in skip}
+
+
+def _stage_settings(command: str, values: dict[str, Any], folder: Path, before: list[Stage]) -> dict[str, Any]:
+    trainings = [stage for stage in before if stage.command in TRAINING]
+    if command not in TRAINING:
+        return {"run": str(folder), **values}
+    settings: dict[str, Any] = {"output_dir": str(folder), **values}
+    if not settings.get("overwrite"):
+        settings.setdefault("resume", "auto")
+    if trainings and "adapter" not in settings:
+        settings["adapter"] = str(trainings[-1].folder / "final_adapter")
+    return settings
+
+
+def _label(command: str, before: list[Stage]) -> str:
+    count = sum(stage.command == command for stage in before)
+    return command if count == 0 else f"{command}-{count + 1}"
+
+
+def _expand(value: Any, plan_dir: str) -> Any:
+    if isinstance(value, str):
+        return value.replace("${plan_dir}", plan_dir)
+    if isinstance(value, dict):
+        return {key: _expand(item, plan_dir) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_expand(item, plan_dir) for item in value]
+    return value
+
+
+def _reads(stage: Stage) -> tuple[str, ...]:
+    if stage.command == "validate" and getattr(stage.config, "gguf", None):
+        return ("gguf", "quantize")
+    return READS[stage.command]
+
+
+def _key(stage: Stage, before: list[Stage], keys: dict[str, str]) -> str:
+    values = flat_values(stage.config)
+    inputs = [Path(str(values[name])) for name in PATH_SETTINGS if values.get(name)]
+    upstream = [keys[earlier.label] for earlier in before if earlier.command in _reads(stage)]
+    return stage_key(stage.command, {"version": __version__, **values}, [p for p in inputs if p.exists()], upstream)
+
+
+def _outputs(stage: Stage) -> list[Path]:
+    paths: Callable[[str], Path] = stage.folder.joinpath
+    return [paths(name) for name in OUTPUTS[stage.command] if paths(name).exists()]
