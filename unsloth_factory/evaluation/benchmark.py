@@ -1,0 +1,203 @@
+"""A benchmark is a YAML file: where its files lie, their columns, the prompt around a question, its groups.
+
+The comments of `benchmarks/ceval.yaml` explain the keys; a benchmark of one's own is given as `--task path/to/file.yaml`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from unsloth_factory.config.errors import UsageError, UserError
+
+FOLDER = Path(__file__).parent / "benchmarks"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """The text of one question in one language."""
+
+    intro: str
+    """Before the first question; may hold {subject}."""
+    question: str
+    """Holds {question} and {choices}; ends where the letter is expected."""
+    choice: str = "{letter}. {text}"
+    """One line of {choices}."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """One file of questions. `titles` by language; the group it counts for."""
+
+    name: str
+    titles: Mapping[str, str] = field(default_factory=dict)
+    group: str | None = None
+    hard: bool = False
+
+    def title(self, lang: str) -> str:
+        """The subject as the prompt names it."""
+        return self.titles.get(lang) or self.name.replace("_", " ")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Benchmark:
+    """A multiple-choice benchmark."""
+
+    name: str
+    version: int
+    title: str
+    layout: str
+    """Path of a file below the benchmark's folder, with {split} and {subject}."""
+    prompts: Mapping[str, Prompt]
+    """By language."""
+    subjects: tuple[Subject, ...] = ()
+    """Empty: every file that fits the layout is a subject."""
+    letters: tuple[str, ...] = ("A", "B", "C", "D")
+    columns: Mapping[str, str] = field(default_factory=dict)
+    """role (id, question, answer, or a letter) -> column; a role that is not named has a column of its own name."""
+    shots_split: str = "dev"
+    scored_splits: tuple[str, ...] = ("val",)
+    """Splits whose answers are known."""
+    submission_splits: tuple[str, ...] = ()
+    """Splits without answers: the chosen letters are written for the benchmark's server."""
+    shots_as: Literal["turns", "prompt"] = "turns"
+    """With a chat template: each worked example a user turn and an assistant turn, or all in one user turn."""
+    folder: str | None = None
+    """Default folder of the data, relative to the YAML file."""
+
+    def column(self, role: str) -> str:
+        """The column of a role."""
+        return self.columns.get(role, role)
+
+    def prompt(self, lang: str) -> Prompt:
+        """The prompt of a language.
+
+        Raises:
+            UsageError: The benchmark has none in that language.
+        """
+        if lang not in self.prompts:
+            raise UsageError(f"--lang {lang}: {self.name} has prompts in {', '.join(self.prompts)}.")
+        return self.prompts[lang]
+
+
+def load_benchmark(name_or_path: str) -> Benchmark:
+    """Read a built-in benchmark by name, or a YAML file.
+
+    Raises:
+        UsageError: No such benchmark.
+        UserError: The file is broken: it is named, with the field.
+    """
+    known = sorted(path.stem for path in FOLDER.glob("*.yaml"))
+    path = Path(name_or_path) if name_or_path.endswith((".yaml", ".yml")) else FOLDER / f"{name_or_path}.yaml"
+    if not path.is_file():
+        close = difflib.get_close_matches(name_or_path, known, n=1)
+        hint = f" Did you mean {close[0]}?" if close else ""
+        raise UsageError(f"--task {name_or_path}: no such benchmark.{hint} Known: {', '.join(known)}, or a YAML file.")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not readable YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path} must hold keys and values, such as those of {FOLDER / 'ceval.yaml'}.")
+    return _benchmark(path, values)
+
+
+def _benchmark(path: Path, values: dict[str, Any]) -> Benchmark:
+    values = {"name": path.stem, "version": 1, "title": path.stem, **values}
+    prompts = values.get("prompts")
+    if not isinstance(prompts, dict) or not prompts:
+        raise UserError(f"{path}, field prompts: one prompt by language is needed (zh or en), with intro and question.")
+    values["prompts"] = {lang: _build(Prompt, path, f"prompts.{lang}", value) for lang, value in prompts.items()}
+    values["subjects"] = _subjects(path, values.pop("subjects", None) or {}, values.pop("hard", None) or [])
+    for name in ("letters", "scored_splits", "submission_splits"):
+        if name in values:
+            values[name] = tuple(str(item) for item in values[name])
+    if values.get("folder"):
+        values["folder"] = str((path.parent / values["folder"]).resolve())
+    benchmark = _build(Benchmark, path, "", values)
+    _check(path, benchmark)
+    return benchmark
+
+
+def _subjects(path: Path, subjects: Any, hard: list[str]) -> tuple[Subject, ...]:
+    if isinstance(subjects, list):
+        subjects = {str(name): {} for name in subjects}
+    unknown = [name for name in hard if name not in subjects]
+    if unknown:
+        raise UserError(f"{path}, field hard: {', '.join(unknown)} is no subject of the file.")
+    found = []
+    for name, value in subjects.items():
+        value = dict(value or {})
+        group = value.pop("group", None)
+        found.append(Subject(name=name, titles=value, group=group, hard=name in hard))
+    return tuple(found)
+
+
+def _build(kind: Any, path: Path, where: str, values: Any) -> Any:
+    """A dataclass from a mapping; unknown and missing keys are named."""
+    if not isinstance(values, dict):
+        raise UserError(f"{path}, field {where}: keys and values are expected, not {values!r}.")
+    known = [item.name for item in fields(kind)]
+    for key in values:
+        if key not in known:
+            close = difflib.get_close_matches(str(key), known, n=1)
+            hint = f" Did you mean {close[0]}?" if close else f" Known: {', '.join(known)}."
+            raise UserError(f"{path}, field {f'{where}.{key}'.lstrip('.')}: unknown.{hint}")
+    try:
+        return kind(**values)
+    except TypeError as error:
+        raise UserError(f"{path}, {where or 'top level'}: {str(error).split(')', 1)[-1].strip()}.") from error
+
+
+def _check(path: Path, benchmark: Benchmark) -> None:
+    if benchmark.layout.count("{subject}") != 1:
+        raise UserError(f"{path}, field layout: {benchmark.layout} must hold {{subject}} once.")
+    if len(benchmark.letters) < 2:
+        raise UserError(f"{path}, field letters: at least two choices are needed.")
+    if benchmark.shots_as not in ("turns", "prompt"):
+        raise UserError(f"{path}, field shots_as: turns or prompt, not {benchmark.shots_as}.")
+    for lang, prompt in benchmark.prompts.items():
+        for mark in ("{question}", "{choices}"):
+            if mark not in prompt.question:
+                raise UserError(f"{path}, field prompts.{lang}.question: {mark} is missing.")
+
+
+def select_subjects(benchmark: Benchmark, folder: Path, split: str, wanted: str | None) -> tuple[Subject, ...]:
+    """The subjects to score: all, or those named by commas.
+
+    Raises:
+        UsageError: An unknown subject, with the nearest known one.
+        UserError: The folder holds no file of the benchmark's layout.
+    """
+    subjects = benchmark.subjects or _discover(benchmark, folder, split)
+    if not wanted:
+        return subjects
+    by_name = {subject.name: subject for subject in subjects}
+    chosen: dict[str, Subject] = {}
+    for name in (part.strip() for part in wanted.split(",")):
+        if name and name not in by_name:
+            close = difflib.get_close_matches(name, by_name, n=3)
+            hint = f"Did you mean {' or '.join(close)}?" if close else f"Known: {', '.join(by_name)}."
+            raise UsageError(f"--subjects {name}: {benchmark.name} has no such subject. {hint}")
+        if name:
+            chosen[name] = by_name[name]
+    if not chosen:
+        raise UsageError(f"--subjects {wanted!r} names none.")
+    return tuple(chosen.values())
+
+
+def _discover(benchmark: Benchmark, folder: Path, split: str) -> tuple[Subject, ...]:
+    layout = benchmark.layout.replace("{split}", split)
+    before, after = layout.split("{subject}", 1)
+    names = []
+    for path in sorted(folder.glob(layout.replace("{subject}", "*"))):
+        relative = path.relative_to(folder).as_posix()
+        names.append(relative[len(before) : len(relative) - len(after)])
+    if not names:
+        raise UserError(f"{folder} holds no {layout.replace('{subject}', 'SUBJECT')}. Give --task_dir the folder above.")
+    return tuple(Subject(name=name) for name in names)

@@ -1,0 +1,280 @@
+"""Multiple choice by log-probabilities: the letter that the model holds likeliest after the question.
+
+Nothing is generated and nothing is parsed, so that no answer format, sampling or extraction enters the score. Worked
+examples come from the benchmark's own split for them and never hold a scored question.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from unsloth_factory.config.errors import UsageError
+from unsloth_factory.evaluation.averages import (
+    MACRO,
+    accuracy_metrics,
+    compare_accuracies,
+    constant_scores,
+    letter_counts,
+    mean_metric,
+)
+from unsloth_factory.evaluation.benchmark import Benchmark, Subject, select_subjects
+from unsloth_factory.evaluation.prompts import PromptMaker, SubjectPrompts
+from unsloth_factory.evaluation.questions import Question, read_questions
+from unsloth_factory.evaluation.report import EvalReport
+from unsloth_factory.inference.generate import Progress
+from unsloth_factory.inference.score import choice_logprobs
+from unsloth_factory.model.loaded import LoadedModel
+
+Scorer = Callable[[Sequence[list[int]], Sequence[Sequence[list[int]]]], np.ndarray]
+"""(prompts, token ids of their choices) -> log-probabilities, float [n, choices]."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChoiceOptions:
+    """What is scored, and how it is shown."""
+
+    n_shot: int = 5
+    split: str = "val"
+    subjects: str | None = None
+    """By commas; None for all."""
+    max_tokens: int = 2**31
+    """The model's context, tokens."""
+
+
+@dataclass(frozen=True)
+class ChoiceResult:
+    """The report, one record a question, and for a split without answers what is sent to the benchmark's server."""
+
+    report: EvalReport
+    records: list[dict[str, Any]]
+    submissions: dict[str, dict[str, dict[str, str]]] = field(default_factory=dict)
+    """variant -> subject -> question id -> letter."""
+
+
+@dataclass(frozen=True)
+class _Scored:
+    """One subject, read, encoded and scored by every variant."""
+
+    subject: Subject
+    questions: list[Question]
+    prompts: SubjectPrompts
+    asked_shots: int
+    scores: dict[str, np.ndarray]
+
+    def choices(self, variant: str, letters: Sequence[str]) -> list[str]:
+        return [letters[index] for index in self.scores[variant].argmax(axis=1)]
+
+    def correct(self, variant: str, letters: Sequence[str]) -> np.ndarray:
+        picked = self.choices(variant, letters)
+        return np.array([float(a == q.answer) for a, q in zip(picked, self.questions, strict=True)])
+
+
+def model_scorers(loaded: LoadedModel, variants: Sequence[str], batch_size: int) -> dict[str, Scorer]:
+    """A scorer for each variant of one loaded model; "base" switches the adapter off."""
+
+    def tuned(prompts: Sequence[list[int]], choices: Sequence[Sequence[list[int]]]) -> np.ndarray:
+        return choice_logprobs(loaded, prompts, choices, batch_size=batch_size)
+
+    def base(prompts: Sequence[list[int]], choices: Sequence[Sequence[list[int]]]) -> np.ndarray:
+        with loaded.adapter_disabled():
+            return tuned(prompts, choices)
+
+    return {variant: base if variant == "base" else tuned for variant in variants}
+
+
+def logits_scorer(last_logits: Callable[[list[int]], np.ndarray]) -> Scorer:
+    """A scorer from whatever gives the logits [V] after a whole prompt (a GGUF file in llama.cpp)."""
+
+    def score(prompts: Sequence[list[int]], choices: Sequence[Sequence[list[int]]]) -> np.ndarray:
+        return np.array([_by_logits(last_logits, p, c) for p, c in zip(prompts, choices, strict=True)])
+
+    return score
+
+
+def _by_logits(
+    last_logits: Callable[[list[int]], np.ndarray], prompt: list[int], choices: Sequence[list[int]]
+) -> list[float]:
+    known: dict[tuple[int, ...], np.ndarray] = {}
+    totals = []
+    for choice in choices:
+        total = 0.0
+        for position, token in enumerate(choice):
+            before = tuple(choice[:position])
+            if before not in known:
+                logits = np.asarray(last_logits([*prompt, *before]), dtype=np.float64)
+                known[before] = logits - np.logaddexp.reduce(logits)
+            total += float(known[before][token])
+        totals.append(total)
+    return totals
+
+
+def evaluate(
+    maker: PromptMaker,
+    folder: Path,
+    scorers: Mapping[str, Scorer],
+    options: ChoiceOptions,
+    *,
+    model: dict[str, Any] | None = None,
+    on_progress: Progress | None = None,
+) -> ChoiceResult:
+    """Score a benchmark.
+
+    Args:
+        maker: Benchmark, template, language and thinking mode.
+        folder: The benchmark's data.
+        scorers: variant -> scorer; with "base" and "tuned" the report compares them.
+        options: What is scored.
+        model: Path, adapter, engine and so on, for the report.
+        on_progress: Called with (subjects done, all).
+
+    Raises:
+        UserError: Files or subjects that are missing or wrong.
+    """
+    benchmark = maker.benchmark
+    known = (*benchmark.scored_splits, *benchmark.submission_splits)
+    if options.split not in known:
+        raise UsageError(f"--split {options.split}: {benchmark.name} has {', '.join(known)}.")
+    if options.split == benchmark.shots_split and options.n_shot:
+        raise UsageError(f"--split {options.split} is where the worked examples come from. Give --n_shot 0.")
+    subjects = select_subjects(benchmark, folder, options.split, options.subjects)
+    # All files are read before the first question is scored: a broken one is found in seconds, not after an hour.
+    material = [(subject, *_read(benchmark, folder, subject, options)) for subject in subjects]
+    scored = []
+    for done, (subject, shots, questions) in enumerate(material, start=1):
+        prompts = maker.subject(subject, shots, questions, options.max_tokens)
+        ids = [prompt.ids for prompt in prompts.prompts]
+        choices = [prompt.choices for prompt in prompts.prompts]
+        scores = {variant: scorer(ids, choices) for variant, scorer in scorers.items()}
+        scored.append(_Scored(subject, questions, prompts, len(shots), scores))
+        if on_progress:
+            on_progress(done, len(subjects))
+    return _result(maker, options, scored, dict(model or {}))
+
+
+def _read(
+    benchmark: Benchmark, folder: Path, subject: Subject, options: ChoiceOptions
+) -> tuple[list[Question], list[Question]]:
+    """(worked examples, questions) of a subject; a worked example that is also asked is left out."""
+    with_answers = options.split in benchmark.scored_splits
+    questions = read_questions(benchmark, folder, subject.name, options.split, with_answers=with_answers)
+    if not options.n_shot:
+        return [], questions
+    asked = {(question.text, frozenset(question.options)) for question in questions}
+    shots = read_questions(benchmark, folder, subject.name, benchmark.shots_split)
+    return [shot for shot in shots if (shot.text, frozenset(shot.options)) not in asked][: options.n_shot], questions
+
+
+def _result(
+    maker: PromptMaker, options: ChoiceOptions, scored: list[_Scored], model: dict[str, Any]
+) -> ChoiceResult:
+    benchmark = maker.benchmark
+    letters, variants = benchmark.letters, list(scored[0].scores)
+    subjects = [item.subject for item in scored]
+    known = options.split in benchmark.scored_splits
+    correct = {v: {item.subject.name: item.correct(v, letters) for item in scored} for v in variants} if known else {}
+    report = EvalReport(
+        task=f"{benchmark.title} {options.split}",
+        model=model,
+        settings={
+            "benchmark": benchmark.name,
+            "version": benchmark.version,
+            "split": options.split,
+            "n_shot": options.n_shot,
+            "lang": maker.lang,
+            "chat_template": maker.template is not None,
+            "shots_as": benchmark.shots_as if maker.template is not None else "prompt",
+            "thinking": maker.thinking if maker.template is not None else None,
+        },
+        n=sum(len(item.questions) for item in scored),
+        metrics={variant: accuracy_metrics(subjects, correct[variant]) if known else {} for variant in variants},
+        comparisons=(
+            compare_accuracies(subjects, correct["base"], correct["tuned"])
+            if {"base", "tuned"} <= correct.keys()
+            else {}
+        ),
+        headline=MACRO,
+        notes=tuple(_notes(benchmark, options, scored)),
+        details=_details(scored, variants, letters, correct),
+    )
+    records = [record for item in scored for record in _records(item, letters)]
+    return ChoiceResult(report, records, {} if known else {v: _submission(scored, v, letters) for v in variants})
+
+
+def _details(
+    scored: list[_Scored], variants: list[str], letters: Sequence[str], correct: Mapping[str, Mapping[str, np.ndarray]]
+) -> dict[str, Any]:
+    details: dict[str, Any] = {
+        "chance": 1 / len(letters),
+        "chosen_letters": {
+            variant: letter_counts([c for item in scored for c in item.choices(variant, letters)], letters)
+            for variant in variants
+        },
+        "subjects": {
+            item.subject.name: {
+                "n": len(item.questions),
+                "shots": item.prompts.shots,
+                "group": item.subject.group,
+                **{variant: mean_metric(values[item.subject.name]).value for variant, values in correct.items()},
+            }
+            for item in scored
+        },
+    }
+    if correct:
+        answers = {item.subject.name: [str(q.answer) for q in item.questions] for item in scored}
+        details["always_the_same_letter"] = constant_scores([item.subject for item in scored], answers, letters)
+    return details
+
+
+def _notes(benchmark: Benchmark, options: ChoiceOptions, scored: list[_Scored]) -> Iterator[str]:
+    fewer = [item for item in scored if item.asked_shots < options.n_shot]
+    if fewer:
+        most = max(item.asked_shots for item in fewer)
+        yield (
+            f"{options.n_shot} worked examples were asked for; {len(fewer)} of {len(scored)} subjects have fewer "
+            f"usable ones in {benchmark.shots_split} (at most {most}): all of them were used."
+        )
+    shortened = [item.subject.name for item in scored if item.prompts.shots < item.asked_shots]
+    if shortened:
+        yield (
+            f"Fewer worked examples than asked for fit into {options.max_tokens} tokens in {len(shortened)} subjects: "
+            f"{', '.join(shortened[:5])}{' ...' if len(shortened) > 5 else ''}"
+        )
+    cut = sum(item.prompts.cut for item in scored)
+    if cut:
+        yield f"{cut} questions are longer than the context of {options.max_tokens} tokens: their beginning was cut."
+
+
+def _records(item: _Scored, letters: Sequence[str]) -> Iterator[dict[str, Any]]:
+    picked = {variant: item.choices(variant, letters) for variant in item.scores}
+    for row, (question, prompt) in enumerate(zip(item.questions, item.prompts.prompts, strict=True)):
+        record: dict[str, Any] = {
+            "subject": question.subject,
+            "id": question.id,
+            "prompt_sha256": prompt.sha256,
+            "prompt_tokens": len(prompt.ids),
+            "shots": item.prompts.shots,
+        }
+        if question.answer is not None:
+            record["answer"] = question.answer
+        for variant, scores in item.scores.items():
+            values = [round(float(value), 6) for value in scores[row]]
+            record[variant] = {"logprobs": dict(zip(letters, values, strict=True)), "choice": picked[variant][row]}
+            if question.answer is not None:
+                record[variant]["correct"] = picked[variant][row] == question.answer
+        yield record
+
+
+def _submission(scored: list[_Scored], variant: str, letters: Sequence[str]) -> dict[str, dict[str, str]]:
+    """C-Eval's official format: {subject: {question id: letter}}."""
+    return {
+        item.subject.name: {
+            question.id: choice
+            for question, choice in zip(item.questions, item.choices(variant, letters), strict=True)
+        }
+        for item in scored
+    }
