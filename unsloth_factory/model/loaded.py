@@ -4,11 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from unsloth_factory.config.errors import UserError
+from unsloth_factory.model.fingerprint import AdapterInfo
+from unsloth_factory.model.store import save_adapter, save_full
+
+# Sampling settings that a generation_config may recommend.
+SAMPLING_KEYS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "do_sample")
+TOKEN_KEYS = ("eos_token_id", "pad_token_id", "bos_token_id")
 
 
 @dataclass
@@ -27,15 +35,32 @@ class LoadedModel:
     engine_reason: str
     device: torch.device
     dtype: torch.dtype
-    """Computation dtype; LoRA weights stay in float32."""
+    """Computation dtype; LoRA weights and every trained parameter stay in float32."""
     quantized: bool
     fingerprint: str
     has_adapter: bool = False
+    name: str = ""
+    """What the user called the base: folder, hub id or "tiny"."""
+    device_reason: str = ""
+    quantization: dict[str, Any] | None = None
+    """How the base is quantised, as `AdapterInfo` records it and `dequantize.BaseWeights` takes it."""
+    notes: list[str] = field(default_factory=list)
+    """Warnings for the user; the caller prints them."""
 
     @property
     def causal_lm(self) -> Any:
         """The transformers model inside (with LoRA layers in place, if any)."""
         return self.model.get_base_model() if self.has_adapter else self.model
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Within it float32 parameters (LoRA, trained layers) compute in `dtype`; nothing to do where all is float32.
+
+        `hidden_states` uses it by itself; put it around `model(...)` and `model.generate(...)`.
+        """
+        if self.dtype == torch.float32:
+            return nullcontext()
+        mixed = self.has_adapter or any(p.requires_grad for p in self.model.parameters())
+        return torch.autocast(self.device.type, dtype=self.dtype) if mixed else nullcontext()
 
     def hidden_states(
         self, input_ids: torch.Tensor, position_ids: torch.Tensor, attention_mask: torch.Tensor | None
@@ -46,20 +71,27 @@ class LoadedModel:
         again at 0, provided that no cache is used.
         """
         decoder = self.causal_lm.get_decoder()
-        output = decoder(
-            input_ids=input_ids, position_ids=position_ids, attention_mask=attention_mask, use_cache=False
-        )
+        with self.autocast():
+            output = decoder(
+                input_ids=input_ids, position_ids=position_ids, attention_mask=attention_mask, use_cache=False
+            )
         return output.last_hidden_state
 
     @property
     def lm_head(self) -> torch.nn.Module:
-        """The output projection, h -> V."""
+        """The output projection, h -> V. Its weight is [V, h], in `dtype` or (when it trains) in float32."""
         return self.causal_lm.get_output_embeddings()
 
     @contextmanager
     def _without_adapter(self) -> Iterator[None]:
-        with self.model.disable_adapter():
-            yield
+        # peft marks the adapter as trainable when it is switched on again, also one that was loaded frozen.
+        flags = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
+        try:
+            with self.model.disable_adapter():
+                yield
+        finally:
+            for parameter, flag in flags:
+                parameter.requires_grad_(flag)
 
     def adapter_disabled(self) -> AbstractContextManager[None]:
         """Within it the model answers as the base does (nothing to do when there is no adapter)."""
@@ -70,14 +102,57 @@ class LoadedModel:
         return [p for p in self.model.parameters() if p.requires_grad]
 
     def parameter_counts(self) -> tuple[int, int]:
-        """(trainable, total) parameters; NF4 storage counts the weights it holds, two a byte."""
+        """(trainable, total) parameters; tied weights count once, a 4-bit tensor as the weights it stands for."""
         trainable = total = 0
         for parameter in self.model.parameters():
-            packed = parameter.__class__.__name__ == "Params4bit" and parameter.dtype == torch.uint8
-            count = parameter.numel() * 2 if packed else parameter.numel()
+            state = getattr(parameter, "quant_state", None)
+            count = parameter.numel() if state is None else int(torch.Size(state.shape).numel())
             total += count
             trainable += count if parameter.requires_grad else 0
         return trainable, total
+
+    def set_gradient_checkpointing(self, enabled: bool) -> None:
+        """Recompute each layer in the backward pass instead of keeping its activations (Chen et al. 2016, 1604.06174).
+
+        Takes effect while the model is in training mode.
+        """
+        if enabled:
+            # The reentrant form needs inputs that require gradients and re-runs a layer to its very end.
+            self.causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        else:
+            self.causal_lm.gradient_checkpointing_disable()
+
+    def save_adapter(self, folder: Path, extra: dict[str, Any] | None = None) -> Path:
+        """Write adapter_model.safetensors, adapter_config.json and unsloth_factory.json (with `extra` in it).
+
+        Raises:
+            UserError: A weight is not finite, or the disk is full.
+        """
+        assert self.has_adapter, "save_adapter of a model without an adapter"
+        info = AdapterInfo(
+            base_model=self.name,
+            base_fingerprint=self.fingerprint,
+            quantization=self.quantization,
+            extra=extra or {},
+        )
+        return save_adapter(self.model, folder, info)
+
+    def save_full(self, folder: Path) -> Path:
+        """Write the whole model in 16 bit, with the base's tokenizer files; for full and freeze.
+
+        Raises:
+            UserError: A weight is not finite, or the disk is full; or the base is quantised.
+        """
+        if self.has_adapter or self.quantized:
+            raise UserError("A model with an adapter or 4-bit weights is written by merge, not as a whole.")
+        return save_full(self.model, self.path, folder)
+
+    @property
+    def generation_defaults(self) -> dict[str, Any]:
+        """What the model's generation_config recommends: sampling settings and token ids that it sets."""
+        config = getattr(self.causal_lm, "generation_config", None)
+        values = config.to_diff_dict() if config is not None else {}
+        return {key: values[key] for key in SAMPLING_KEYS + TOKEN_KEYS if values.get(key) is not None}
 
     @property
     def max_positions(self) -> int:
