@@ -26,7 +26,7 @@ def package_version(name: str) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Python, the libraries that decide numbers, CUDA, GPU and driver: everything as text, no paths and no host name."""
+    """Python, the libraries that decide numbers, CUDA, GPU and driver, as text; no paths, no host name."""
     import torch
 
     found = {"python": platform.python_version(), "platform": f"{platform.system()} {platform.machine()}"}

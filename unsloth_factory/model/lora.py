@@ -16,8 +16,8 @@ from torch import nn
 
 from unsloth_factory.config.errors import UserError
 from unsloth_factory.config.settings import TuningSettings
-from unsloth_factory.model.finite import refuse_nonfinite
 from unsloth_factory.model.fingerprint import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from unsloth_factory.model.finite import refuse_nonfinite
 from unsloth_factory.model.weight_files import read_header, read_json
 
 # Initialisations that subtract something from the base weights when the layer is made: the adapter alone is not the
@@ -25,7 +25,7 @@ from unsloth_factory.model.weight_files import read_header, read_json
 BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
-def linear_module_names(model: nn.Module) -> list[str]:
+def linear_module_names(model: Any) -> list[str]:
     """Full names of the linear layers but the output head, in the model's order."""
     head = model.get_output_embeddings()
     return [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head]
@@ -50,7 +50,7 @@ def target_modules(model: nn.Module, lora_target: str) -> list[str]:
             close = difflib.get_close_matches(name, known, n=1)
             hint = f" Did you mean {close[0]}?" if close else ""
             raise UserError(
-                f"--lora_target {name}: the model has no linear layer of that name.{hint} It has: all, {', '.join(known)}."
+                f"--lora_target {name}: no linear layer has that name.{hint} Known: all, {', '.join(known)}."
             )
     if not wanted:
         raise UserError(f"--lora_target is empty. Give all, or some of: {', '.join(known)}.")
@@ -72,7 +72,8 @@ def attach_lora(model: nn.Module, tuning: TuningSettings, seed: int) -> Any:
 
     config = LoraConfig(
         r=tuning.lora_r,
-        lora_alpha=tuning.lora_alpha,
+        # Other programs expect an integer where it is one.
+        lora_alpha=int(alpha) if (alpha := float(tuning.lora_alpha)).is_integer() else alpha,  # type: ignore[arg-type]
         lora_dropout=tuning.lora_dropout,
         target_modules=target_modules(model, tuning.lora_target),
         task_type="CAUSAL_LM",

@@ -127,8 +127,8 @@ def _refuse_foreign_quantization(path: Path, config: dict[str, Any]) -> None:
     if not isinstance(quantization, dict) or not quantization.get("load_in_4bit"):
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
         raise UserError(
-            f"{path}: the weights are stored quantised ({method}). Only 16/32-bit and bitsandbytes 4-bit weights can be "
-            "trained and merged here; use the original model."
+            f"{path}: the weights are stored quantised ({method}). Only 16/32-bit and bitsandbytes 4-bit weights can "
+            "be trained and merged here; use the original model."
         )
 
 

@@ -49,12 +49,13 @@ def load_base(folder: Path, *, quantization_bit: int | None, device: torch.devic
     """
     from transformers import AutoModelForCausalLM
 
+    auto: Any = AutoModelForCausalLM
     options: dict[str, Any] = {}
     if quantization_bit is not None and not is_prequantized(folder):
         options["quantization_config"] = nf4_config(dtype)
     with quiet_libraries():
         try:
-            model, info = AutoModelForCausalLM.from_pretrained(
+            model, info = auto.from_pretrained(
                 str(folder),
                 dtype=dtype,
                 device_map={"": device if device.type == "cpu" else device.index or 0},
@@ -92,6 +93,7 @@ def _settle_linear4bit(model: torch.nn.Module, dtype: torch.dtype) -> None:
     place at the first pass without gradients, and rounds to bfloat16 there: the same model would then answer
     differently from how it was trained.
     """
+    module: Any
     for module in model.modules():
         if module.__class__.__name__ == "Linear4bit":
             module.compute_dtype = dtype

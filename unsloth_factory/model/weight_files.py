@@ -15,7 +15,7 @@ from unsloth_factory.config.errors import UserError
 
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
-# A header names a few thousand tensors at most; anything larger is not a weight file. (safetensors' own limit is 100 MB.)
+# safetensors' own limit; a header names a few thousand tensors at most.
 MAX_HEADER_BYTES = 100_000_000
 
 
