@@ -1,0 +1,75 @@
+"""Log-probabilities of the trained tokens, without ever holding the logits of a whole batch.
+
+Shapes: B rows, T tokens, h hidden size, V vocabulary, N trained positions of the batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+from unsloth_factory.data.batching import IGNORED, Batch
+from unsloth_factory.model.loaded import LoadedModel
+
+LOGIT_BYTES = 256 * 2**20
+"""float32 logits that one chunk may take: 440 rows of Qwen3's vocabulary of 151,936."""
+
+
+@dataclass(frozen=True)
+class TrainedPositions:
+    """Where a batch is trained. Found on the CPU, so that the GPU need not be waited for."""
+
+    index: torch.Tensor
+    """int64 [N], into the batch's B x T positions."""
+    targets: torch.Tensor
+    """int64 [N], the token that each of them predicts."""
+    lengths: list[int]
+    """Trained tokens of each sample, in the batch's order; they sum to N."""
+
+
+def trained_positions(batch: Batch) -> TrainedPositions:
+    """The positions of a batch that have a target."""
+    targets = batch.targets.reshape(-1)
+    index = (targets != IGNORED).nonzero().squeeze(1)
+    if batch.document_ids is None:
+        owner = index // batch.targets.shape[1]
+    else:
+        owner = batch.document_ids.reshape(-1)[index].long()
+    lengths = torch.bincount(owner, minlength=len(batch.sources)).tolist()
+    return TrainedPositions(index, targets[index], lengths)
+
+
+def token_log_probs(loaded: LoadedModel, batch: Batch, positions: TrainedPositions) -> torch.Tensor:
+    """Log-probability of every trained token, float32 [N], differentiable.
+
+    The output projection is applied to trained positions only (a prompt costs no logits), in chunks of `LOGIT_BYTES`;
+    a chunk's logits are computed again in the backward pass instead of being kept.
+    """
+    device = loaded.device
+    mask = None if batch.attention_mask is None else batch.attention_mask.to(device)
+    hidden = loaded.hidden_states(batch.input_ids.to(device), batch.position_ids.to(device), mask)
+    rows = hidden.reshape(-1, hidden.shape[-1]).index_select(0, positions.index.to(device))  # [N, h]
+    targets = positions.targets.to(device)
+    head = loaded.lm_head
+    size = chunk_rows(head)
+    if len(rows) <= size:
+        return _chunk_log_probs(head, rows, targets)
+    pieces = [
+        checkpoint(_chunk_log_probs, head, rows[start : start + size], targets[start : start + size],
+                   use_reentrant=False, preserve_rng_state=False)
+        for start in range(0, len(rows), size)
+    ]  # fmt: skip
+    return torch.cat(pieces)
+
+
+def chunk_rows(head: torch.nn.Module) -> int:
+    """Positions whose logits are held at a time."""
+    vocabulary = int(getattr(head, "out_features", 0) or head.weight.shape[0])
+    return max(1, LOGIT_BYTES // (4 * vocabulary))
+
+
+def _chunk_log_probs(head: torch.nn.Module, rows: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return -F.cross_entropy(head(rows).float(), targets, reduction="none")

@@ -1,0 +1,317 @@
+"""The one training loop. Read it from top to bottom: that is the order in which things happen."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from unsloth_factory.config.errors import Stopped, UserError
+from unsloth_factory.data.types import Conversation
+from unsloth_factory.run.atomic import partial, publish_folder, require_free_space, write_text
+from unsloth_factory.training import resume
+from unsloth_factory.training.announce import announce
+from unsloth_factory.training.checkpoint import Checkpoint, disk_errors
+from unsloth_factory.training.job import TrainingJob, TrainResult
+from unsloth_factory.training.plot import plot_loss
+from unsloth_factory.training.progress import Progress, peak_memory
+from unsloth_factory.training.session import Session, open_session
+from unsloth_factory.training.signals import StopSignals
+from unsloth_factory.training.step import StepResult, evaluate, run_step
+from unsloth_factory.training.tensors import read_tensors, require_finite, write_tensors
+
+MAX_BAD_STREAK = 10
+"""Steps in a row that may be NaN or infinite before the run is set back, and the second time stopped."""
+
+
+def train(job: TrainingJob) -> TrainResult:
+    """Train to the last step, from the first one or from the checkpoint that `--resume` names.
+
+    Raises:
+        UserError: See the message; checkpoints taken so far are intact.
+        Stopped: A signal came; the state was saved, and the run can be resumed.
+    """
+    with Progress(job.console, job.run.logging_steps) as progress, StopSignals(progress.say) as stop:
+        session = open_session(job, progress)
+        begin(session)
+        announce(session)
+        walk(session, stop)
+        return finish(session)
+
+
+def begin(session: Session) -> None:
+    """Restore the checkpoint, or prepare the folder for a new run."""
+    job = session.job
+    checkpoint = job.store.to_resume()
+    if checkpoint is None:
+        _start_afresh(session)
+    else:
+        _check_continuation(session, checkpoint)
+        restore(session, checkpoint)
+        job.store.discard_after(checkpoint.step)
+        session.resumed_from = checkpoint.step
+        session.progress.say(f"Resumed from {checkpoint.path} at step {checkpoint.step}")
+    if session.accelerator.is_main_process:
+        _write_run_files(job)
+
+
+def _start_afresh(session: Session) -> None:
+    job = session.job
+    copies = job.run.save_total_limit + 1  # the newest is written before the oldest is deleted
+    require_free_space(job.folder.path, copies * session.checkpoint_bytes, f"Training with {copies} checkpoints")
+    job.store.discard_all()
+    session.metrics.start(0, session.progress.say)
+
+
+def _check_continuation(session: Session, checkpoint: Checkpoint) -> None:
+    resume.check_same(checkpoint.state["fingerprint"], session.fingerprint, str(checkpoint.path))
+    old, new = checkpoint.state["harmless"], resume.harmless_settings(session.job.loop, session.job.run)
+    for line in resume.accepted_changes(old, new):
+        session.progress.say(line)
+
+
+def restore(session: Session, checkpoint: Checkpoint) -> None:
+    """Set weights, optimizer, counters and metrics.jsonl to what they were when the checkpoint was taken."""
+    job = session.job
+    read_tensors(checkpoint.path, job.loaded, session.optimizer.optimizer)
+    if session.accelerator.scaler is not None and checkpoint.state["scaler"]:
+        session.accelerator.scaler.load_state_dict(checkpoint.state["scaler"])
+    session.state.load(checkpoint.state["loop"])
+    here = checkpoint.path.resolve().parent == job.folder.path.resolve()
+    session.metrics.start(checkpoint.state["metrics_bytes"] if here else 0, session.progress.say)
+
+
+def _write_run_files(job: TrainingJob) -> None:
+    """What later commands read. Written before the first step, so that a run that is stopped half-way has it too."""
+    job.folder.write(job.manifest)
+    write_text(job.folder.template, job.template.source)
+    if job.held_out:
+        rows = [json.dumps(_row(conversation), ensure_ascii=False) for conversation in job.held_out]
+        write_text(job.folder.validation_split, "\n".join(rows) + "\n")
+
+
+def _row(conversation: Conversation) -> dict[str, Any]:
+    messages = [
+        {"role": turn.role, "content": turn.content}
+        | ({"reasoning_content": turn.reasoning} if turn.reasoning is not None else {})
+        for turn in conversation.turns
+    ]
+    return {"messages": messages, "source": conversation.source}
+
+
+def walk(session: Session, stop: StopSignals) -> None:
+    """Every step from the present one to the last: update, evaluate, log, save.
+
+    Raises:
+        UserError: Too many steps in a row were not finite, or the disk is full.
+        Stopped: A signal came.
+    """
+    state, total, run = session.state, session.plan.total_steps, session.job.run
+    session.job.loaded.model.train()
+    session.progress.start(state.step, total)
+    while state.step < total:
+        started = time.monotonic()
+        result = run_step(session, state.step)
+        seconds = time.monotonic() - started
+        _record(session, result)
+        if state.bad_streak >= MAX_BAD_STREAK:
+            rewind(session, result)
+            continue
+        line = _metrics_line(session, result, seconds) | _evaluation(session, stop)
+        state.seconds += time.monotonic() - started
+        _log(session, line)
+        stopped = _stop_signal(session, stop)
+        # During a bad streak no regular checkpoint is taken: the one before it is what the run may be set back to.
+        due = state.step % run.save_steps == 0 and state.bad_streak == 0
+        if due or stopped or state.step == total:
+            save(session)
+        if stopped and state.step < total:
+            raise Stopped(
+                f"Stopped at step {state.step} of {total}; everything is saved. "
+                f"Continue with: {session.job.resume_command}",
+                stopped,
+            )
+
+
+def _stop_signal(session: Session, stop: StopSignals) -> int:
+    """Number of the signal that any process received, or 0."""
+    received = stop.received or 0
+    if session.accelerator.num_processes == 1:
+        return received
+    import torch
+
+    flag = torch.tensor([received], device=session.accelerator.device)
+    return int(session.accelerator.gather(flag).max())
+
+
+def _record(session: Session, result: StepResult) -> None:
+    """Count the step, and name the samples of one that was not applied."""
+    state = session.state
+    state.step += 1
+    state.tokens += result.tokens
+    if result.finite:
+        state.applied += 1
+        state.bad_streak = 0
+        state.trained_tokens += result.trained_tokens
+        state.last_loss = result.loss
+    elif result.overflow:
+        state.scaler_skips += 1
+    else:
+        state.skipped += 1
+        state.bad_streak += 1
+        session.progress.say(
+            f"Warning: step {state.step}: loss {result.loss}, gradient norm {result.gradient_norm}; the step is not "
+            f"applied ({state.bad_streak} in a row). Samples: {_some(result.sources)}"
+        )
+
+
+def rewind(session: Session, result: StepResult) -> None:
+    """After `MAX_BAD_STREAK` bad steps: once, back to the last checkpoint; then no further.
+
+    Raises:
+        UserError: The run was set back before, or there is nothing to go back to.
+    """
+    state = session.state
+    checkpoint = None if state.rewound else session.job.store.newest_intact()
+    if checkpoint is None:
+        raise UserError(
+            f"{state.bad_streak} steps in a row up to step {state.step} had a loss or gradient that is NaN or "
+            f"infinite{', again after going back to the last checkpoint' if state.rewound else ''}. None of them was "
+            f"applied or saved. Last samples: {_some(result.sources)}. Try a lower --learning_rate (now "
+            f"{session.peak_rate:g}), look at those samples, or drop --dtype float16 on a GPU with bf16."
+        )
+    restore(session, checkpoint)
+    state.rewound = True
+    session.progress.rewind(state.step)
+    session.progress.say(f"Warning: {MAX_BAD_STREAK} bad steps in a row; back to {checkpoint.path}, once")
+
+
+def _evaluation(session: Session, stop: StopSignals) -> dict[str, float]:
+    """Evaluate when it is due; remembers the best step."""
+    state, job = session.state, session.job
+    every = job.run.eval_steps or job.run.save_steps
+    if not job.eval_items or (state.step % every and state.step != session.plan.total_steps):
+        return {}
+    outcome = evaluate(session, lambda: stop.received is not None)
+    if outcome is None:
+        return {}
+    state.eval_loss, state.eval_metrics = outcome
+    if math.isfinite(state.eval_loss) and state.eval_loss < (state.best_eval_loss or math.inf):
+        state.best_eval_loss, state.best_step = state.eval_loss, state.step
+    figures = {"eval_loss": state.eval_loss} | {f"eval_{name}": value for name, value in state.eval_metrics.items()}
+    session.progress.say(
+        f"step {state.step}: " + "  ".join(f"{name} {value:.4f}" for name, value in figures.items())
+        + f"  (best loss {state.best_eval_loss or math.nan:.4f} at step {state.best_step})"
+    )  # fmt: skip
+    return figures
+
+
+def _metrics_line(session: Session, result: StepResult, seconds: float) -> dict[str, Any]:
+    return {
+        "step": session.state.step,
+        "epoch": session.plan.epoch(session.state.step),
+        "loss": result.loss,
+        "lr": session.rate(session.state.step - 1),
+        "grad_norm": result.gradient_norm,
+        "tokens": result.tokens,
+        "trained_tokens": result.trained_tokens,
+        "tokens_per_second": result.tokens / max(seconds, 1e-9),
+        "memory": peak_memory(session.job.loaded.device),
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        **result.metrics,
+    }
+
+
+def _log(session: Session, line: dict[str, Any]) -> None:
+    if session.accelerator.is_main_process:
+        session.metrics.append(line)
+    numbers = {key: value for key, value in line.items() if isinstance(value, int | float)}
+    session.accelerator.log(numbers, step=line["step"])
+    session.progress.step(
+        line["step"],
+        loss=line["loss"],
+        rate=line["lr"],
+        tokens_per_second=line["tokens_per_second"],
+        memory=line["memory"],
+    )
+
+
+def save(session: Session) -> None:
+    """Save a checkpoint of the present step.
+
+    Raises:
+        UserError: The disk is full; earlier checkpoints are intact.
+    """
+    session.accelerator.wait_for_everyone()
+    if not session.accelerator.is_main_process:
+        return
+    job, scaler = session.job, session.accelerator.scaler
+    state = {
+        "step": session.state.step,
+        "loop": session.state.to_dict(),
+        "scaler": scaler.state_dict() if scaler is not None else {},
+        "metrics_bytes": session.metrics.flush(),
+        "fingerprint": session.fingerprint,
+        "harmless": resume.harmless_settings(job.loop, job.run),
+    }
+    job.store.save(
+        session.state.step,
+        lambda folder: write_tensors(folder, job.loaded, session.optimizer.optimizer),
+        state,
+        session.checkpoint_bytes,
+    )
+
+
+def finish(session: Session) -> TrainResult:
+    """Write the final weights and the loss plot.
+
+    Raises:
+        UserError: Not one step could be applied, or the disk is full. The last checkpoint is intact.
+    """
+    job, state = session.job, session.state
+    if state.applied == 0:
+        raise UserError(
+            f"None of the {state.step} steps had a finite loss and gradient; no weights are written. "
+            "Check the samples named above and the base model."
+        )
+    path = job.folder.final_adapter if job.loaded.has_adapter else job.folder.final_model
+    if session.accelerator.is_main_process:
+        require_finite(job.loaded, path.name)
+        with disk_errors(str(path), "Free some space and repeat the command with --resume auto: training is done."):
+            _publish_weights(job, path)
+        plot_loss(session.metrics.read(), job.folder.loss_plot, f"{job.folder.path.name}: {job.method.name}")
+    session.accelerator.end_training()
+    return TrainResult(
+        steps=state.step,
+        final_loss=state.last_loss,
+        eval_loss=state.eval_loss,
+        best_eval_loss=state.best_eval_loss,
+        best_step=state.best_step,
+        eval_metrics=state.eval_metrics,
+        seconds=state.seconds,
+        tokens=state.tokens,
+        trained_tokens=state.trained_tokens,
+        skipped_steps=state.skipped,
+        scaler_skips=state.scaler_skips,
+        resumed_from=session.resumed_from,
+        adapter_path=path,
+    )
+
+
+def _publish_weights(job: TrainingJob, path: Path) -> None:
+    if not job.loaded.has_adapter:
+        job.loaded.save_full(path)
+        return
+    facts = {"method": job.method.name, "thinking": job.manifest.thinking, "chat_template_sha256": job.template.sha256}
+    temporary = partial(path)
+    shutil.rmtree(temporary, ignore_errors=True)
+    publish_folder(job.loaded.save_adapter(temporary, facts), path)
+
+
+def _some(sources: list[str], most: int = 8) -> str:
+    more = f" and {len(sources) - most} more" if len(sources) > most else ""
+    return ", ".join(sources[:most]) + more

@@ -1,0 +1,99 @@
+"""May this run continue that checkpoint? Compared setting by setting, so that the message can name what changed."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+from unsloth_factory.config.errors import UserError
+from unsloth_factory.config.settings import LoopSettings, RunSettings, TuningSettings
+from unsloth_factory.data.types import TokenPair, TokenSample
+from unsloth_factory.model.loaded import LoadedModel
+
+TUNING_KEYS = (
+    "finetuning_type", "quantization_bit", "lora_r", "lora_alpha", "lora_dropout", "lora_target", "freeze_last_n",
+)  # fmt: skip
+LOOP_KEYS = ("epochs", "max_steps", "lr_scheduler_type", "warmup_ratio", "optimizer", "weight_decay", "max_grad_norm")
+HARMLESS = {
+    "batch_size": "same samples in each step; results differ by rounding only",
+    "accumulation_steps": "same samples in each step; results differ by rounding only",
+    "no_packing": "same samples in each step; results differ by rounding only",
+    "no_gradient_checkpointing": "speed and memory only",
+    "dataloader_workers": "no effect on the samples",
+    "save_steps": "saving only",
+    "save_total_limit": "saving only",
+    "logging_steps": "printing only",
+    "eval_steps": "evaluation only",
+    "report_to": "reporting only",
+}
+"""Settings that may change between the parts of one run, and what that means."""
+WHAT = {
+    "data": "training samples (SHA-256)",
+    "base": "base model (fingerprint)",
+    "chat_template": "chat template (SHA-256)",
+    "samples_per_step": "--batch_size x --accumulation_steps",
+}
+
+
+def fingerprint(
+    *,
+    method: str,
+    method_settings: dict[str, Any],
+    items: Sequence[TokenSample | TokenPair],
+    loaded: LoadedModel,
+    template_sha256: str,
+    tuning: TuningSettings,
+    loop: LoopSettings,
+    peak_rate: float,
+) -> dict[str, Any]:
+    """Everything that must not change between the parts of one run, as JSON-able values."""
+    required: dict[str, Any] = {
+        "method": method,
+        "data": data_hash(items),
+        "base": loaded.fingerprint,
+        "chat_template": template_sha256,
+        "seed": loop.seed,
+        "learning_rate": peak_rate,
+        "samples_per_step": loop.batch_size * loop.accumulation_steps,
+    }
+    required |= {key: getattr(tuning, key) for key in TUNING_KEYS}
+    required |= {key: getattr(loop, key) for key in LOOP_KEYS}
+    return required | method_settings
+
+
+def harmless_settings(loop: LoopSettings, run: RunSettings) -> dict[str, Any]:
+    """The settings of `HARMLESS`, to say which of them changed."""
+    return {key: getattr(loop, key) if hasattr(loop, key) else getattr(run, key) for key in HARMLESS}
+
+
+def data_hash(items: Sequence[TokenSample | TokenPair]) -> str:
+    """SHA-256 over the token ids and trained positions of all samples, in order."""
+    digest = hashlib.sha256()
+    for item in items:
+        for sample in (item.chosen, item.rejected) if isinstance(item, TokenPair) else (item,):
+            digest.update(len(sample.ids).to_bytes(8, "little"))
+            digest.update(sample.ids.astype("<i4").tobytes())
+            digest.update(sample.trained.astype("u1").tobytes())
+    return digest.hexdigest()
+
+
+def check_same(old: dict[str, Any], new: dict[str, Any], where: str) -> None:
+    """Refuse to continue with other settings.
+
+    Raises:
+        UserError: Names each changed setting with its old and new value, and the ways out.
+    """
+    changed = [key for key in new if old.get(key) != new[key]]
+    if changed:
+        lines = "".join(f"\n  {WHAT.get(key, f'--{key}')}: was {old.get(key)}, now {new[key]}" for key in changed)
+        raise UserError(
+            f"{where} was made with other settings:{lines}\n"
+            "Give the old values to continue it, name another --output_dir, or start anew with --overwrite."
+        )
+
+
+def accepted_changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """One line for each harmless setting that changed."""
+    changed = [key for key in new if key in old and old[key] != new[key]]
+    return [f"--{key} changed from {old[key]} to {new[key]}: accepted ({HARMLESS[key]})" for key in changed]

@@ -1,0 +1,191 @@
+"""The parts of a running training, and the little state that walks from step to step."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.tracking import get_available_trackers
+
+from unsloth_factory.config.errors import UserError
+from unsloth_factory.data.batching import StepPlan
+from unsloth_factory.training import resume, schedule
+from unsloth_factory.training.job import TrainingJob
+from unsloth_factory.training.metrics import MetricsLog
+from unsloth_factory.training.optimizers import make_optimizer, state_bytes
+from unsloth_factory.training.progress import Progress
+
+PRECISIONS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "no"}
+
+
+@dataclass
+class LoopState:
+    """What the loop remembers between steps; stored in state.json."""
+
+    step: int = 0
+    """Optimizer steps done: applied, or skipped because they were not finite."""
+    seconds: float = 0.0
+    tokens: int = 0
+    trained_tokens: int = 0
+    applied: int = 0
+    skipped: int = 0
+    scaler_skips: int = 0
+    bad_streak: int = 0
+    """Steps in a row that were not finite."""
+    rewound: bool = False
+    """The run has been set back to a checkpoint once."""
+    last_loss: float | None = None
+    eval_loss: float | None = None
+    eval_metrics: dict[str, float] = field(default_factory=dict)
+    best_eval_loss: float | None = None
+    best_step: int | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able values."""
+        return asdict(self)
+
+    def load(self, values: dict[str, Any]) -> None:
+        """Take over the values of a checkpoint."""
+        for known in fields(self):
+            setattr(self, known.name, values[known.name])
+
+
+@dataclass
+class Session:
+    """One running training. Built by `open_session`, used by the loop, not kept."""
+
+    job: TrainingJob
+    accelerator: Accelerator
+    optimizer: Any
+    """accelerate's wrapper around the torch optimizer."""
+    parameters: list[torch.nn.Parameter]
+    plan: StepPlan
+    peak_rate: float
+    fingerprint: dict[str, Any]
+    metrics: MetricsLog
+    progress: Progress
+    state: LoopState
+    resumed_from: int | None = None
+
+    @property
+    def packing(self) -> bool:
+        """Samples of a micro-batch share one row."""
+        return not self.job.loop.no_packing
+
+    @property
+    def pad_id(self) -> int:
+        """Token that fills padded rows; it is masked, so any token will do."""
+        tokenizer = self.job.loaded.tokenizer
+        return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """Estimated size of a checkpoint: weights, optimizer state, and room for the small files."""
+        weights = sum(p.numel() * p.element_size() for p in self.parameters)
+        return int(1.05 * (weights + state_bytes(self.job.loop.optimizer, self.parameters))) + 2**20
+
+    def rate(self, step: int) -> float:
+        """Learning rate of a step (index from 0)."""
+        loop = self.job.loop
+        return schedule.learning_rate(
+            step,
+            self.plan.total_steps,
+            peak=self.peak_rate,
+            shape=loop.lr_scheduler_type,
+            warmup_ratio=loop.warmup_ratio,
+        )
+
+
+def open_session(job: TrainingJob, progress: Progress) -> Session:
+    """Build the parts of a training. Nothing is written, and no weight changes.
+
+    Raises:
+        UserError: There is nothing to train on, or a tracker is not installed.
+    """
+    if not job.train_items:
+        raise UserError("No training sample is left. See data_report.json for what was skipped and why.")
+    job.method.prepare(job.loaded, job.tuning)
+    loop = job.loop
+    # A CPU has memory enough and no time to spare; there activations are always kept.
+    job.loaded.set_gradient_checkpointing(job.loaded.device.type != "cpu" and not loop.no_gradient_checkpointing)
+    parameters = job.loaded.trainable_parameters()
+    accelerator = _accelerator(job)
+    optimizer = make_optimizer(loop.optimizer, parameters, weight_decay=loop.weight_decay)
+    plan = StepPlan(
+        n_samples=len(job.train_items),
+        batch_size=loop.batch_size,
+        accumulation_steps=loop.accumulation_steps,
+        epochs=loop.epochs,
+        max_steps=loop.max_steps,
+        seed=loop.seed,
+    )
+    peak = schedule.peak_learning_rate(loop, job.tuning, job.method.name)
+    return Session(
+        job=job,
+        accelerator=accelerator,
+        optimizer=accelerator.prepare_optimizer(optimizer, device_placement=False),
+        parameters=parameters,
+        plan=plan,
+        peak_rate=peak,
+        fingerprint=_fingerprint(job, peak),
+        metrics=MetricsLog(job.folder.metrics),
+        progress=progress,
+        state=LoopState(),
+    )
+
+
+def _fingerprint(job: TrainingJob, peak_rate: float) -> dict[str, Any]:
+    return resume.fingerprint(
+        method=job.method.name,
+        method_settings=job.method.settings(),
+        items=job.train_items,
+        loaded=job.loaded,
+        template_sha256=job.template.sha256,
+        tuning=job.tuning,
+        loop=job.loop,
+        peak_rate=peak_rate,
+    )
+
+
+def _accelerator(job: TrainingJob) -> Accelerator:
+    """Precision follows the model's computation dtype; fp16 brings the loss scaler."""
+    precision = PRECISIONS[job.loaded.dtype]
+    # accelerate keeps its precision for the life of the process and refuses another one: let a second training of the
+    # same process (a notebook, the tests) have its own.
+    if AcceleratorState._shared_state and AcceleratorState._shared_state.get("_mixed_precision") != precision:
+        AcceleratorState._reset_state()
+    trackers = _trackers(job.run.report_to)
+    accelerator = Accelerator(
+        mixed_precision=precision,
+        cpu=job.loaded.device.type == "cpu",
+        log_with=trackers or None,
+        project_dir=str(job.folder.path) if trackers else None,
+    )
+    if trackers:
+        accelerator.init_trackers(job.folder.path.name, config=_flat(job.manifest.config))
+    return accelerator
+
+
+def _trackers(report_to: str) -> list[str]:
+    wanted = [name.strip() for name in report_to.split(",") if name.strip() not in ("", "none")]
+    available = [str(getattr(name, "value", name)) for name in get_available_trackers()]
+    missing = [name for name in wanted if name not in available]
+    if missing:
+        raise UserError(
+            f"--report_to {report_to}: {', '.join(missing)} is not installed. pip install {' '.join(missing)}, "
+            f"or choose from: none{''.join(', ' + name for name in available)}."
+        )
+    return wanted
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}/")
+        else:
+            flat[f"{prefix}{key}"] = value if isinstance(value, int | float | str | bool) else str(value)
+    return flat

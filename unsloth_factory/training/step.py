@@ -1,0 +1,165 @@
+"""One optimizer step, and the same sums without gradients for the evaluation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from unsloth_factory.data.batching import Batch
+from unsloth_factory.training.methods.base import LossSum
+from unsloth_factory.training.session import Session
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step gave."""
+
+    loss: float
+    """Mean over the step's units; may be NaN or infinite."""
+    gradient_norm: float
+    """L2 norm before clipping; may be NaN or infinite."""
+    tokens: int
+    trained_tokens: int
+    overflow: bool = False
+    """fp16: the gradient overflowed under a loss scale that can still fall; the scaler skipped the step."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    sources: list[str] = field(default_factory=list)
+    """File and row of the samples."""
+
+    @property
+    def finite(self) -> bool:
+        """Loss and gradient are numbers; otherwise the step was not applied."""
+        return math.isfinite(self.loss) and math.isfinite(self.gradient_norm)
+
+
+class _Sums:
+    """Adds up micro-batches on the device and divides once."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.total = torch.zeros((), dtype=torch.float32, device=device)
+        self.metrics: dict[str, torch.Tensor] = {}
+        self.counts: dict[str, int] = {}
+
+    def add(self, part: LossSum) -> None:
+        self.total += part.total.detach().float()
+        for name, (value, count) in part.metrics.items():
+            self.metrics[name] = self.metrics.get(name, torch.zeros_like(self.total)) + value
+            self.counts[name] = self.counts.get(name, 0) + count
+
+    def means(self, session: Session, count: int) -> tuple[torch.Tensor, dict[str, float]]:
+        names = sorted(self.metrics)
+        sums = _reduce(session, torch.stack([self.total, *(self.metrics[name] for name in names)]))
+        counts = _reduce(session, torch.tensor([float(self.counts[name]) for name in names], device=sums.device))
+        values = (sums[1:] / counts).tolist() if names else []
+        return sums[0] / count, dict(zip(names, values, strict=True))
+
+
+def run_step(session: Session, step: int) -> StepResult:
+    """Do optimizer step `step` (index from 0): gradients of all its micro-batches, then one update.
+
+    The gradient is that of (sum of the loss over the step) / (units of the whole step). With several processes each
+    takes its share of the micro-batches, and sums are added over the processes: the result is the same.
+    """
+    _seed(session, step)
+    batches = step_batches(session, step)
+    count = int(_reduce_number(session, sum(session.job.method.count(batch) for batch in batches)))
+    for group in session.optimizer.param_groups:
+        group["lr"] = session.rate(step)
+    session.optimizer.zero_grad()
+    sums = _Sums(session.job.loaded.device)
+    for batch in batches:
+        with session.accelerator.autocast():
+            part = session.job.method.loss(session.job.loaded, batch)
+        session.accelerator.backward(part.total / count)
+        sums.add(part)
+    _reduce_gradients(session)
+    loss, metrics = sums.means(session, count)
+    return _update(session, loss, metrics, batches)
+
+
+def _update(session: Session, loss: torch.Tensor, metrics: dict[str, float], batches: list[Batch]) -> StepResult:
+    """Clip and apply, unless something is not finite: then nothing is applied."""
+    session.accelerator.unscale_gradients(session.optimizer)
+    limit = session.job.loop.max_grad_norm or math.inf
+    norm = torch.nn.utils.clip_grad_norm_(session.parameters, limit)
+    loss_value, norm_value = torch.stack([loss, norm.to(loss.device)]).tolist()
+    scaler = session.accelerator.scaler
+    finite = math.isfinite(loss_value) and math.isfinite(norm_value)
+    overflow = not finite and math.isfinite(loss_value) and scaler is not None and scaler.get_scale() > 1.0
+    if finite:
+        session.optimizer.step()
+    elif scaler is not None:
+        scaler.update()  # lowers the loss scale
+    session.optimizer.zero_grad()
+    return StepResult(
+        loss=loss_value,
+        gradient_norm=norm_value,
+        tokens=int(_reduce_number(session, sum(batch.tokens for batch in batches))),
+        trained_tokens=int(_reduce_number(session, sum(batch.trained_tokens for batch in batches))),
+        overflow=overflow,
+        metrics=metrics,
+        sources=[source for batch in batches for source in batch.sources],
+    )
+
+
+def step_batches(session: Session, step: int) -> list[Batch]:
+    """This process's micro-batches of one step: a pure function of (seed, step), so there is no loader state."""
+    accelerator = session.accelerator
+    micro = session.plan.step(step)[accelerator.process_index :: accelerator.num_processes]
+    return [_make(session, [session.job.train_items[i] for i in indices]) for indices in micro]
+
+
+def evaluate(session: Session, stop: Callable[[], bool]) -> tuple[float, dict[str, float]] | None:
+    """Loss and figures on the held-out samples, by the same rule; None when `stop` asked to leave early."""
+    job, accelerator = session.job, session.accelerator
+    size = job.loop.batch_size
+    starts = range(0, len(job.eval_items), size)[accelerator.process_index :: accelerator.num_processes]
+    sums, count = _Sums(job.loaded.device), 0
+    job.loaded.model.eval()
+    try:
+        with torch.no_grad():
+            for start in starts:
+                if stop():
+                    return None
+                batch = _make(session, job.eval_items[start : start + size])
+                with accelerator.autocast():
+                    part = job.method.loss(job.loaded, batch)
+                sums.add(part)
+                count += part.count
+    finally:
+        job.loaded.model.train()
+    loss, metrics = sums.means(session, int(_reduce_number(session, count)))
+    return loss.item(), metrics
+
+
+def _make(session: Session, items: Sequence[Any]) -> Batch:
+    return session.job.method.make_batch(items, packing=session.packing, pad_id=session.pad_id)
+
+
+def _seed(session: Session, step: int) -> None:
+    """Dropout of a step depends on (seed, step, process) alone, so a resumed run draws the same numbers."""
+    torch.manual_seed((session.job.loop.seed * 1_000_003 + step) * 1_009 + session.accelerator.process_index)
+
+
+def _reduce(session: Session, values: torch.Tensor) -> torch.Tensor:
+    return values if session.accelerator.num_processes == 1 else session.accelerator.reduce(values, "sum")
+
+
+def _reduce_number(session: Session, value: float) -> float:
+    if session.accelerator.num_processes == 1:
+        return value
+    return _reduce(session, torch.tensor(float(value), dtype=torch.float64, device=session.job.loaded.device)).item()
+
+
+def _reduce_gradients(session: Session) -> None:
+    """Add the gradients over the processes, once a step; adapters are small, so no overlap is needed."""
+    if session.accelerator.num_processes == 1:
+        return
+    for parameter in session.parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        parameter.grad = session.accelerator.reduce(parameter.grad, "sum")
