@@ -1,17 +1,13 @@
-"""Questions of a benchmark from CSV files, in the layout in which the benchmark is published."""
+"""Questions of a benchmark from its files, in the layout in which it is published."""
 
 from __future__ import annotations
 
-import csv
-import io
 from dataclasses import dataclass
 from pathlib import Path
 
 from unsloth_factory.config.errors import UserError
+from unsloth_factory.data.readers import Row, read_table
 from unsloth_factory.evaluation.benchmark import Benchmark
-
-ENCODINGS = ("utf-8-sig", "gb18030")
-"""Tried in this order; GB18030 contains GBK, and UTF-8 is practically never valid by accident."""
 
 
 @dataclass(frozen=True)
@@ -44,30 +40,30 @@ def read_questions(
     path = folder / benchmark.layout.format(split=split, subject=subject)
     if not path.is_file():
         raise UserError(f"{path} is missing. --task_dir must be the folder that holds {benchmark.layout}.")
-    reader = csv.DictReader(io.StringIO(_decode(path), newline=""))
+    table = read_table(path)
     roles = ["question", *benchmark.letters, *(["answer"] if with_answers else [])]
-    missing = [benchmark.column(role) for role in roles if benchmark.column(role) not in (reader.fieldnames or [])]
+    missing = [benchmark.column(role) for role in roles if benchmark.column(role) not in table.columns]
     if missing:
-        found = ", ".join(reader.fieldnames or []) or "none"
+        found = ", ".join(table.columns) or "none"
         raise UserError(
             f"{path} has no column {', '.join(missing)}; it has: {found}. Name the columns in the benchmark's YAML."
         )
-    questions = []
-    for number, row in enumerate(reader):
-        if any(value and value.strip() for value in row.values() if isinstance(value, str)):
-            questions.append(_question(benchmark, subject, path, number, row, with_answers))
-    if not questions:
-        raise UserError(f"{path} holds no questions.")
-    return questions
+    for row in table.rows:
+        if row.problem:
+            raise UserError(f"{path}, row {row.number}: {row.problem}. A benchmark is scored whole or not at all.")
+    return [
+        _question(benchmark, subject, place, row, with_answers) for place, row in enumerate(table.rows)
+    ]
 
 
-def _question(
-    benchmark: Benchmark, subject: str, path: Path, number: int, row: dict[str, str | None], with_answers: bool
-) -> Question:
+def _question(benchmark: Benchmark, subject: str, place: int, row: Row, with_answers: bool) -> Question:
+    values = row.values or {}
+
     def cell(role: str) -> str:
-        return (row.get(benchmark.column(role)) or "").replace("\r\n", "\n").strip()
+        value = values.get(benchmark.column(role))
+        return "" if value is None else str(value).replace("\r\n", "\n").strip()
 
-    where = f"{path}, row {number + 1}"
+    where = f"{benchmark.name}, {subject}, row {row.number}"
     for role in ("question", *benchmark.letters):
         if not cell(role):
             raise UserError(f"{where}: column {benchmark.column(role)} is empty.")
@@ -77,14 +73,4 @@ def _question(
         if answer not in benchmark.letters:
             raise UserError(f"{where}: the answer {cell('answer')!r} is none of {', '.join(benchmark.letters)}.")
     options = tuple(cell(letter) for letter in benchmark.letters)
-    return Question(subject, cell("id") or str(number), cell("question"), options, answer)
-
-
-def _decode(path: Path) -> str:
-    data = path.read_bytes()
-    for encoding in ENCODINGS:
-        try:
-            return data.decode(encoding)
-        except UnicodeDecodeError:
-            continue
-    raise UserError(f"{path} is neither UTF-8 nor GBK/GB18030. Convert it to UTF-8.")
+    return Question(subject, cell("id") or str(place), cell("question"), options, answer)

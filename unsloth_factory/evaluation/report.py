@@ -1,8 +1,7 @@
-"""The result of a validation or a benchmark: plain values, JSON and printed tables."""
+"""The result of a validation or a benchmark: plain values, ready for JSON."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -55,39 +54,3 @@ class EvalReport:
     def to_dict(self) -> dict[str, Any]:
         """JSON-able values."""
         return asdict(self)
-
-
-def report_table(report: EvalReport) -> Any:
-    """A rich table: one row a metric, base, tuned, difference and verdict."""
-    from rich.table import Table
-
-    variants = list(report.metrics)
-    table = Table(title=f"{report.task}: {report.n} questions")
-    table.add_column("metric")
-    for variant in variants:
-        table.add_column(variant, justify="right")
-    if report.comparisons:
-        table.add_column("difference [95 %]", justify="right")
-        table.add_column("verdict")
-    for row in _rows(report, variants):
-        table.add_row(*row)
-    return table
-
-
-def _rows(report: EvalReport, variants: list[str]) -> Iterator[list[str]]:
-    for name in report.metrics[variants[0]]:
-        row = [f"{name} *" if name == report.headline else name]
-        row += [_number(report.metrics[variant][name]) for variant in variants]
-        if report.comparisons:
-            comparison = report.comparisons.get(name)
-            row += [_difference(comparison), comparison.verdict] if comparison else ["", ""]
-        yield row
-
-
-def _number(metric: Metric) -> str:
-    return f"{metric.value:.4f} ± {metric.standard_error:.4f}" if metric.n else "-"
-
-
-def _difference(comparison: Comparison) -> str:
-    low, high = comparison.interval
-    return f"{comparison.delta:+.4f} [{low:+.4f}, {high:+.4f}]"

@@ -102,12 +102,13 @@ def forward(
         cache: As made by `new_cache`.
         last: How many positions at the end go through the output projection.
     """
-    output = loaded.causal_lm(
-        input_ids=ids,
-        position_ids=positions,
-        attention_mask=mask,
-        past_key_values=cache,
-        use_cache=True,
-        logits_to_keep=last,
-    )
+    with loaded.autocast():
+        output = loaded.causal_lm(
+            input_ids=ids,
+            position_ids=positions,
+            attention_mask=mask,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=last,
+        )
     return output.logits

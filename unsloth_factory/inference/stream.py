@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from unsloth_factory.data.thinking import CLOSE, OPEN, OPEN_AT_END
 from unsloth_factory.inference.generate import stream_tokens
+from unsloth_factory.inference.interrupts import deferred_interrupt
 from unsloth_factory.inference.sampling import GREEDY, Sampling
 from unsloth_factory.model.loaded import LoadedModel
+
+if TYPE_CHECKING:
+    from unsloth_factory.inference.llama_cpp import LlamaCpp
 
 REPLACEMENT = "\ufffd"
 """What a byte-level decoder gives for a character whose last bytes have not come yet."""
@@ -152,3 +156,29 @@ def stream(
     # Thinking can only be open at the very end of the prompt; 16 tokens hold "<think>\n" in any tokenizer.
     tail = loaded.tokenizer.decode(prompt[-16:], skip_special_tokens=False)
     yield from events(tokens, decoder_of(loaded.tokenizer), OPEN_AT_END.search(tail) is not None)
+
+
+def gguf_tokens(
+    model: LlamaCpp, prompt: list[int], *, stop_ids: Iterable[int], max_new_tokens: int, sampling: Sampling = GREEDY
+) -> Iterator[int]:
+    """The tokens of one answer of a GGUF file, without the stop token.
+
+    One call a token (the child keeps the prompt in its cache), so that the answer can be stopped between two tokens
+    without tearing the conversation with the child process.
+    """
+    ids, stops = list(prompt), list(stop_ids)
+    for step in range(min(max_new_tokens, model.max_positions - len(prompt))):
+        with deferred_interrupt():
+            made = model.generate(
+                ids,
+                1,
+                stops,
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
+                top_k=sampling.top_k,
+                seed=sampling.seed + step,
+            )
+        if made.stopped:
+            return
+        ids += made.ids
+        yield made.ids[0]

@@ -1,0 +1,75 @@
+"""`uf evaluate`: a multiple-choice benchmark by log-probabilities, base and tuned from one load."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from unsloth_factory.commands.progress import counting
+from unsloth_factory.commands.source import load_source, resolve_source
+from unsloth_factory.config.commands import EvaluateConfig
+from unsloth_factory.config.errors import UsageError
+from unsloth_factory.evaluation.benchmark import Benchmark, load_benchmark, select_subjects
+from unsloth_factory.evaluation.choice import ChoiceOptions, ChoiceResult, evaluate, model_scorers
+from unsloth_factory.evaluation.prompts import PromptMaker
+from unsloth_factory.evaluation.tables import print_report
+from unsloth_factory.run.atomic import write_json, write_text
+
+
+def run(config: EvaluateConfig) -> int:
+    """Score the benchmark, save report and records, print the tables."""
+    console = Console()
+    benchmark = load_benchmark(config.task)
+    benchmark.prompt(config.lang)
+    folder = _task_folder(benchmark, config.task_dir)
+    # Before the weights are loaded: a misspelt subject must not cost a minute.
+    select_subjects(benchmark, folder, config.split, config.subjects)
+    resolved = resolve_source(config.source, config.model, quantization_bit=config.quantization_bit)
+    loaded, template = load_source(resolved, console)
+    maker = PromptMaker(
+        benchmark=benchmark,
+        tokenizer=loaded.tokenizer,
+        template=None if config.no_chat_template else template,
+        lang=config.lang,
+        thinking=bool(config.think_chain),
+    )
+    options = ChoiceOptions(
+        n_shot=config.n_shot, split=config.split, subjects=config.subjects, max_tokens=loaded.max_positions
+    )
+    scorers = model_scorers(loaded, resolved.variants, config.batch_size)
+    with counting(console, f"{benchmark.title}: subjects") as progress:
+        description = resolved.description(loaded)
+        result = evaluate(maker, folder, scorers, options, model=description, on_progress=progress)
+    target = resolved.results("evaluation_results", config.save_dir)
+    print_report(result.report, console)
+    for path in save(result, target, benchmark.name):
+        console.print(f"saved {path}", highlight=False, markup=False)
+    return 0
+
+
+def save(result: ChoiceResult, folder: Path, name: str) -> list[Path]:
+    """Write NAME.json, NAME_samples.jsonl and, for a split without answers, NAME_submission[_VARIANT].json."""
+    paths = [
+        write_json(folder / f"{name}.json", result.report.to_dict()),
+        write_text(folder / f"{name}_samples.jsonl", "".join(map(_line, result.records))),
+    ]
+    for variant, letters in result.submissions.items():
+        suffix = f"_{variant}" if len(result.submissions) > 1 else ""
+        paths.append(write_json(folder / f"{name}_submission{suffix}.json", letters))
+    return paths
+
+
+def _line(record: dict[str, Any]) -> str:
+    return json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _task_folder(benchmark: Benchmark, task_dir: str | None) -> Path:
+    folder = task_dir or benchmark.folder
+    if folder is None:
+        raise UsageError(f"--task {benchmark.name} needs --task_dir FOLDER: its data, as published ({benchmark.layout}).")
+    if not Path(folder).expanduser().is_dir():
+        raise UsageError(f"--task_dir {folder} is no folder.")
+    return Path(folder).expanduser()

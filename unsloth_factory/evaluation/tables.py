@@ -1,0 +1,94 @@
+"""Reports as printed tables."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from unsloth_factory.evaluation.report import Comparison, EvalReport, Metric
+
+MANY_SUBJECTS = 12
+"""More subjects than this are only in the JSON file."""
+
+
+def print_report(report: EvalReport, console: Console) -> None:
+    """Print the metrics, what a benchmark has beyond them, and the notes."""
+    if any(report.metrics.values()):
+        console.print(metrics_table(report))
+        console.print(_conclusion(report), highlight=False)
+    subjects = report.details.get("subjects", {})
+    if 1 < len(subjects) <= MANY_SUBJECTS:
+        console.print(_subjects_table(subjects, list(report.metrics)))
+    for line in _letters(report):
+        console.print(line, highlight=False)
+    for note in report.notes:
+        console.print(f"note: {note}", style="yellow", highlight=False, markup=False)
+
+
+def metrics_table(report: EvalReport) -> Table:
+    """One row a metric: base, tuned, the difference and whether it is one."""
+    variants = list(report.metrics)
+    table = Table(title=f"{report.task}: {report.n} questions (value ± standard error)")
+    table.add_column("metric")
+    for variant in variants:
+        table.add_column(variant, justify="right")
+    if report.comparisons:
+        table.add_column("difference [95 %]", justify="right")
+        table.add_column("verdict")
+    for row in _rows(report, variants):
+        table.add_row(*row)
+    return table
+
+
+def _rows(report: EvalReport, variants: list[str]) -> Iterator[list[str]]:
+    for name in report.metrics[variants[0]]:
+        row = [f"{name} *" if name == report.headline else name]
+        row += [_number(report.metrics[variant].get(name)) for variant in variants]
+        if report.comparisons:
+            comparison = report.comparisons.get(name)
+            row += [_difference(comparison), comparison.verdict] if comparison else ["", ""]
+        yield row
+
+
+def _number(metric: Metric | None) -> str:
+    if metric is None or not metric.n:
+        return "-"
+    return f"{metric.value:.4f} ± {metric.standard_error:.4f}"
+
+
+def _difference(comparison: Comparison) -> str:
+    low, high = comparison.interval
+    return f"{comparison.delta:+.4f} [{low:+.4f}, {high:+.4f}]"
+
+
+def _conclusion(report: EvalReport) -> str:
+    """The headline in words."""
+    comparison = report.comparisons.get(report.headline)
+    if comparison is None:
+        return f"* the metric to quote: {report.headline}" if report.headline else ""
+    p_value = "" if comparison.p_value is None else f", p = {comparison.p_value:.3g}"
+    verdict = comparison.verdict or "not judged"
+    return f"* {report.headline}: {comparison.base:.4f} -> {comparison.tuned:.4f}{p_value}: {verdict}"
+
+
+def _subjects_table(subjects: dict[str, dict[str, Any]], variants: list[str]) -> Table:
+    table = Table(title="subjects")
+    for column in ("subject", "n", "shots", *variants):
+        table.add_column(column, justify="left" if column == "subject" else "right")
+    for name, values in subjects.items():
+        scores = [f"{values[variant]:.4f}" if variant in values else "-" for variant in variants]
+        table.add_row(name, str(values["n"]), str(values["shots"]), *scores)
+    return table
+
+
+def _letters(report: EvalReport) -> Iterator[str]:
+    """The sanity lines: how often each letter was chosen, and what a constant answer would score."""
+    for variant, counts in report.details.get("chosen_letters", {}).items():
+        yield f"letters chosen by {variant}: " + ", ".join(f"{letter} {count}" for letter, count in counts.items())
+    constant = report.details.get("always_the_same_letter")
+    if constant:
+        scores = ", ".join(f'always "{letter}" {values["macro"]:.4f}' for letter, values in constant.items())
+        yield f"without reading the questions (macro): {scores}, chance {report.details['chance']:.4f}"
