@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 # Rows handed to the tokenizer at once: large enough to hide the call, small enough to keep texts out of memory.
 CHUNK = 256
 GAP = " … "
+# A question cut to less than this many characters says nothing: the row is dropped instead.
+MIN_QUESTION = 8
 _Item = TypeVar("_Item")
 
 
@@ -157,9 +159,9 @@ def _shorten(
 
 
 def _largest_fit(cut: Callable[[int], _Item], length: Callable[[_Item], int], most: int, limit: int) -> _Item | None:
-    """Bisect the number of characters kept, to within 1/64 of the text; at least one character stays."""
+    """Bisect the number of characters kept, to within 1/64 of the text."""
     best = None
-    low, high = 1, most
+    low, high = min(MIN_QUESTION, most), most
     step = max(1, most // 64)
     while low <= high:
         middle = (low + high) // 2

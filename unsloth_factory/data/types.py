@@ -70,7 +70,9 @@ class DataReport:
     skipped_examples: list[str] = field(default_factory=list)
     """First few: "file:row reason"."""
     tokens: dict[str, float] = field(default_factory=dict)
-    """total, trained, mean, p50, p95, max."""
+    """total, trained, trained_share (0 to 1), mean, p50, p95, max."""
     shortened: int = 0
     dropped_too_long: int = 0
     terms_normalized: int = 0
+    notes: dict[str, int] = field(default_factory=dict)
+    """What was done to used rows or found in them, e.g. "turns of the same role joined", "exact duplicates"."""

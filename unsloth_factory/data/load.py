@@ -1,0 +1,227 @@
+"""Data settings to conversations or preference pairs, with a report of what happened to every row."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any, Protocol, TypeVar
+
+from unsloth_factory.config.errors import UserError
+from unsloth_factory.config.settings import DataSettings
+from unsloth_factory.data.formats import BY_NAME, Parsed, RowProblem, Shape, find_shape, named_shape
+from unsloth_factory.data.readers import Table, read_table
+from unsloth_factory.data.sources import Source, resolve
+from unsloth_factory.data.types import Conversation, DataReport, PreferencePair, Turn
+
+_SHOWN_EXAMPLES = 10
+# Columns of LLaMA-Factory's registry that carry nothing for these methods; media columns are checked by the shapes.
+_IGNORED_ROLES = frozenset({"tools", "kto_tag"})
+_MEDIA_ROLES = frozenset({"images", "videos", "audios"})
+_Item = TypeVar("_Item", Conversation, PreferencePair)
+
+
+class Normalizer(Protocol):
+    """knowledge.TermNormalizer: replaces variants of a term by its canonical form."""
+
+    def normalize(self, text: str) -> tuple[str, int]:
+        """(text, replacements)."""
+        ...
+
+
+def load_conversations(
+    settings: DataSettings, *, system: str | None = None, normalizer: Normalizer | None = None
+) -> tuple[list[Conversation], DataReport]:
+    """Conversations of --dataset.
+
+    Args:
+        settings: Which files, and how they are read.
+        system: System prompt for rows that have none of their own.
+        normalizer: Applied to the user's and the assistant's text.
+
+    Raises:
+        UserError: A file is missing or damaged, its columns make no conversation, or more than half of its rows
+            cannot be used.
+    """
+    return _load(settings, False, lambda parsed, source: Conversation(parsed.turns, source), system, normalizer)
+
+
+def load_pairs(
+    settings: DataSettings, *, system: str | None = None, normalizer: Normalizer | None = None
+) -> tuple[list[PreferencePair], DataReport]:
+    """Preference pairs of --dataset; arguments and errors as `load_conversations`."""
+
+    def build(parsed: Parsed, source: str) -> PreferencePair:
+        assert parsed.chosen is not None and parsed.rejected is not None
+        return PreferencePair(parsed.turns, parsed.chosen, parsed.rejected, source)
+
+    return _load(settings, True, build, system, normalizer)
+
+
+def _load(
+    settings: DataSettings,
+    preference: bool,
+    build: Callable[[Parsed, str], _Item],
+    system: str | None,
+    normalizer: Normalizer | None,
+) -> tuple[list[_Item], DataReport]:
+    if settings.dataset_format != "auto":
+        named_shape(settings.dataset_format)
+    report = DataReport()
+    items: list[_Item] = []
+    for source in resolve(settings):
+        room = None if settings.data_limit is None else settings.data_limit - len(items)
+        if room == 0:
+            break
+        items += _load_file(source, preference, build, settings.encoding, room, report)
+    finished = [_finish(item, system, normalizer, report) for item in items]
+    report.used = len(finished)
+    duplicates = len(finished) - len({content_key(item) for item in finished})
+    _note(report, "exact duplicates", duplicates)
+    return finished, report
+
+
+def _load_file(
+    source: Source,
+    preference: bool,
+    build: Callable[[Parsed, str], _Item],
+    encoding: str,
+    room: int | None,
+    report: DataReport,
+) -> list[_Item]:
+    table = read_table(source.path, encoding)
+    shape = _choose_shape(source, table, preference)
+    rename = _renaming(source, shape, table)
+    items: list[_Item] = []
+    problems: list[tuple[str, str]] = []
+    rows = table.rows[: source.limit]
+    seen = 0
+    for row in rows:
+        if room is not None and len(items) == room:
+            break
+        seen += 1
+        where = f"{source.path.name}:{row.number}"
+        try:
+            if row.values is None:
+                raise RowProblem(row.problem or "unreadable")
+            parsed = shape.parse(rename(row.values), source.tags)
+        except RowProblem as problem:
+            problems.append((where, str(problem)))
+            continue
+        _note(report, "turns of the same role joined", parsed.merged)
+        items.append(build(parsed, where))
+    report.rows += seen
+    report.files.append(
+        {"path": str(source.path), "encoding": table.encoding, "format": f"{table.kind}/{shape.name}", "rows": seen}
+        | {"used": len(items)}
+    )
+    _record_problems(report, problems)
+    _refuse_mostly_bad(source, shape, table, len(items), problems)
+    return items
+
+
+def _choose_shape(source: Source, table: Table, preference: bool) -> Shape:
+    if source.shape is not None:
+        shape = named_shape(source.shape)
+    elif source.columns:
+        shape = _shape_of_roles(frozenset(source.columns))
+    elif table.columns:
+        shape = find_shape(table.columns, source.path)
+    else:
+        reasons = Counter(row.problem for row in table.rows).most_common(3)
+        listed = "; ".join(f"{count} x {reason}" for reason, count in reasons)
+        raise UserError(f"{source.path}: no row can be read ({listed}).")
+    if shape.preference and not preference:
+        raise UserError(
+            f"{source.path} holds preferences (chosen, rejected), which train with dpo. "
+            "For sft give conversations or questions and answers."
+        )
+    if preference and not shape.preference:
+        raise UserError(
+            f"{source.path}: preference pairs are needed, with columns chosen and rejected; "
+            f"found {', '.join(table.columns)}, the {shape.name} shape. Name yours with "
+            "--columns prompt=COLUMN,chosen=COLUMN,rejected=COLUMN."
+        )
+    return shape
+
+
+def _shape_of_roles(roles: frozenset[str]) -> Shape:
+    if roles & {"chosen", "rejected"}:
+        return BY_NAME["preference"]
+    if "messages" in roles:
+        return BY_NAME["sharegpt"]
+    return BY_NAME["qa" if "title" in roles else "alpaca"]
+
+
+def _renaming(source: Source, shape: Shape, table: Table) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
+    """A function from a row as read to one with the shape's own column names.
+
+    Raises:
+        UserError: An unknown role, or a column that the file does not have.
+    """
+    if not source.columns:
+        return lambda values: {name.strip().lower(): value for name, value in values.items()}
+    names: dict[str, str] = {}
+    for role, column in source.columns.items():
+        if role in _IGNORED_ROLES:
+            continue
+        if role not in shape.roles and role not in _MEDIA_ROLES:
+            raise UserError(f"--columns {role}={column}: unknown role. Known for {shape.name}: {', '.join(shape.roles)}.")
+        if column not in table.columns:
+            raise UserError(
+                f"{source.path}: no column {column!r} (--columns {role}={column}). Found: {', '.join(table.columns)}."
+            )
+        names[column] = shape.roles.get(role, role)
+    return lambda values: {name: values[column] for column, name in names.items() if column in values}
+
+
+def _finish(item: _Item, system: str | None, normalizer: Normalizer | None, report: DataReport) -> _Item:
+    def normalized(turn: Turn) -> Turn:
+        if normalizer is None or turn.role not in ("user", "assistant"):
+            return turn
+        content, count = normalizer.normalize(turn.content)
+        reasoning = turn.reasoning
+        if reasoning:
+            reasoning, more = normalizer.normalize(reasoning)
+            count += more
+        report.terms_normalized += count
+        return replace(turn, content=content, reasoning=reasoning) if count else turn
+
+    turns = item.turns if isinstance(item, Conversation) else item.prompt
+    turns = tuple(normalized(turn) for turn in turns)
+    if system and turns[0].role != "system":
+        turns = (Turn("system", system), *turns)
+    if isinstance(item, Conversation):
+        return replace(item, turns=turns)
+    return replace(item, prompt=turns, chosen=normalized(item.chosen), rejected=normalized(item.rejected))
+
+
+def content_key(item: Conversation | PreferencePair) -> tuple[Turn, ...]:
+    """What two exact duplicates have in common: everything but their place."""
+    return item.turns if isinstance(item, Conversation) else (*item.prompt, item.chosen, item.rejected)
+
+
+def _note(report: DataReport, what: str, count: int) -> None:
+    if count:
+        report.notes[what] = report.notes.get(what, 0) + count
+
+
+def _record_problems(report: DataReport, problems: list[tuple[str, str]]) -> None:
+    for where, reason in problems:
+        report.skipped[reason] = report.skipped.get(reason, 0) + 1
+        if len(report.skipped_examples) < _SHOWN_EXAMPLES:
+            report.skipped_examples.append(f"{where} {reason}")
+
+
+def _refuse_mostly_bad(
+    source: Source, shape: Shape, table: Table, used: int, problems: list[tuple[str, str]]
+) -> None:
+    if len(problems) <= used:
+        return
+    counts = Counter(reason for _, reason in problems).most_common(3)
+    listed = "; ".join(f"{count} x {reason}" for reason, count in counts)
+    raise UserError(
+        f"{source.path}: {len(problems)} of {used + len(problems)} rows cannot be used as {shape.name} ({listed}; "
+        f"the first is {problems[0][0]}). Columns found: {', '.join(table.columns)}. "
+        "Mend the rows, give another --dataset_format, or name the columns with --columns prompt=COLUMN,response=COLUMN."
+    )

@@ -1,0 +1,95 @@
+"""Bytes to text: marks first, then strict tries, then a statistical guess; never a guess that cannot fail."""
+
+from __future__ import annotations
+
+import codecs
+from collections import Counter
+from pathlib import Path
+
+from unsloth_factory.config.errors import UserError
+
+# UTF-32 first: its little-endian mark begins with UTF-16's.
+_MARKS = (
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF8, "utf-8-sig"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+# GB2312 orders its 3,755 most used characters first, in these lead bytes; A1-A3 hold punctuation and full-width forms.
+_COMMON_LEADS = frozenset(range(0xB0, 0xD8)) | {0xA1, 0xA2, 0xA3}
+_COMMON_SHARE = 0.6
+_SAMPLE = 1 << 20
+
+
+def decode(raw: bytes, path: Path, encoding: str = "auto") -> tuple[str, str]:
+    """(text without byte-order mark, name of the encoding) of a file's bytes.
+
+    Args:
+        raw: The whole file.
+        path: For messages.
+        encoding: "auto", or a codec name, which then must fit.
+
+    Raises:
+        UserError: The bytes do not fit the given encoding, or none could be found; names the first bad byte's line.
+    """
+    if encoding != "auto":
+        return _decode_as(raw, path, encoding)
+    for mark, name in _MARKS:
+        if raw.startswith(mark):
+            return _decode_as(raw, path, name)
+    head = raw[:4096]
+    if head.count(0) * 10 > len(head):
+        raise UserError(
+            f"{path} holds many zero bytes: a binary file, or UTF-16 without its mark. "
+            "Give --encoding utf-16-le (or utf-16-be), or save the file as UTF-8."
+        )
+    for name in ("utf-8", "gbk", "gb18030"):
+        try:
+            text = raw.decode(name)
+        except UnicodeDecodeError:
+            continue
+        if name == "utf-8" or _reads_like_chinese(text):
+            return text, name
+    return _guess(raw, path)
+
+
+def _decode_as(raw: bytes, path: Path, encoding: str) -> tuple[str, str]:
+    try:
+        return raw.decode(encoding).removeprefix("\ufeff"), encoding
+    except LookupError:
+        raise UserError(f"--encoding {encoding}: no such encoding. Use auto, utf-8, gbk, gb18030 or utf-16.") from None
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise UserError(
+            f"{path} line {line}: byte 0x{raw[error.start]:02x} is not {encoding}. "
+            "The file is damaged there or in another encoding; try --encoding auto."
+        ) from None
+
+
+def _reads_like_chinese(text: str) -> bool:
+    """Whether GBK was right: Western and Big5 bytes often decode as GBK too, but into rare characters."""
+    wide = {c: n for c, n in Counter(text[:_SAMPLE]).items() if c > "\x7f"}
+    codes = {c: c.encode("gb18030") for c in wide}
+    common = sum(n for c, n in wide.items() if codes[c][0] in _COMMON_LEADS and codes[c][1] >= 0xA1)
+    return common >= _COMMON_SHARE * sum(wide.values())
+
+
+def _guess(raw: bytes, path: Path) -> tuple[str, str]:
+    from charset_normalizer import from_bytes
+
+    best = from_bytes(raw[:_SAMPLE]).best()
+    if best is not None:
+        try:
+            return raw.decode(best.encoding), best.encoding
+        except UnicodeDecodeError:
+            pass
+    try:
+        raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise UserError(
+            f"{path} line {line}: the text is neither UTF-8 nor GBK nor GB18030 (byte 0x{raw[error.start]:02x}). "
+            "Name its encoding (--encoding big5, say), or save it as UTF-8."
+        ) from None
+    raise AssertionError("valid UTF-8 does not come here")

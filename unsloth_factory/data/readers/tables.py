@@ -1,0 +1,123 @@
+"""csv and tsv, parquet, xlsx: files with a header."""
+
+from __future__ import annotations
+
+import csv
+import io
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from unsloth_factory.config.errors import UserError
+from unsloth_factory.data.readers.table import Row
+
+
+def read_csv(text: str, path: Path, delimiter: str | None = None) -> Iterator[Row]:
+    """Rows of delimited text; row numbers are the lines on which they begin.
+
+    Args:
+        text: The whole file, line ends untouched.
+        path: For messages.
+        delimiter: None picks comma, semicolon or tab, whichever the header has most of.
+
+    Raises:
+        UserError: No header, or a quote that is never closed. A row with too many or too few fields is a problem of
+            that row alone.
+    """
+    first = text.lstrip("\r\n").split("\n", 1)[0]
+    delimiter = delimiter or max(",;\t", key=first.count)
+    # The limit of 128 KiB a field is a setting of the whole process: it is put back when the file is read.
+    limit = csv.field_size_limit(sys.maxsize)
+    try:
+        # An unclosed quote swallows the rest of the file, and only strict mode says so.
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+        yield from _csv_rows(reader, path)
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _csv_rows(reader: Any, path: Path) -> Iterator[Row]:
+    header: list[str] | None = None
+    while True:
+        line = reader.line_num + 1
+        try:
+            fields = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            if "end of data" in str(error):
+                raise UserError(
+                    f"{path} line {line}: the quote opened in this row is never closed. "
+                    'Close it; a quote inside a quoted field is written twice ("").'
+                ) from None
+            yield Row(line, None, f"broken csv ({error})")
+            continue
+        if not any(field.strip() for field in fields):
+            continue
+        if header is None:
+            header = _header(fields, path)
+        elif len(fields) != len(header):
+            yield Row(line, None, f"{len(fields)} fields where the header has {len(header)}")
+        elif any("\0" in field for field in fields):
+            yield Row(line, None, "a NUL character in the text")
+        else:
+            yield Row(line, dict(zip(header, fields, strict=True)))
+
+
+def read_parquet(path: Path) -> Iterator[Row]:
+    """Rows of a parquet file, by batches.
+
+    Raises:
+        UserError: The file is not parquet or is cut off.
+    """
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        file = pyarrow.parquet.ParquetFile(path)
+        number = 0
+        for batch in file.iter_batches():
+            for values in batch.to_pylist():
+                number += 1
+                yield Row(number, values)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(f"{path}: not a readable parquet file ({error}). Write or download it again.") from None
+
+
+def read_xlsx(path: Path) -> Iterator[Row]:
+    """Rows of the first sheet; numbers are those that the spreadsheet shows.
+
+    Raises:
+        UserError: openpyxl is missing, or the file is not a workbook.
+    """
+    try:
+        import openpyxl
+    except ImportError:
+        raise UserError(
+            f"{path}: reading Excel files needs openpyxl. Install it: pip install unsloth-factory[excel]"
+        ) from None
+    import zipfile
+
+    try:
+        book = openpyxl.load_workbook(path, read_only=True, data_only=True)
+    except (zipfile.BadZipFile, KeyError, OSError, ValueError, openpyxl.utils.exceptions.InvalidFileException) as error:
+        raise UserError(f"{path}: not a readable xlsx workbook ({error}). Save it again as .xlsx or .csv.") from None
+    header: list[str] | None = None
+    for number, cells in enumerate(book.worksheets[0].iter_rows(values_only=True), 1):
+        if all(cell is None or not str(cell).strip() for cell in cells):
+            continue
+        if header is None:
+            header = _header(["" if cell is None else str(cell) for cell in cells], path)
+        else:
+            # Cells right of the header are None or notes that belong to no column.
+            yield Row(number, {name: cell for name, cell in zip(header, cells, strict=False) if name})
+    book.close()
+
+
+def _header(fields: Sequence[str], path: Path) -> list[str]:
+    names = [field.strip() for field in fields]
+    twice = sorted({name for name in names if name and names.count(name) > 1})
+    if twice:
+        raise UserError(f"{path}: the header has the column {', '.join(twice)} twice. Rename one of them.")
+    return names
