@@ -1,0 +1,222 @@
+"""`uf sft` and `uf dpo`: settings -> data -> model -> training, top to bottom."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from unsloth_factory.config.commands import DpoConfig, SftConfig
+from unsloth_factory.config.errors import UsageError
+from unsloth_factory.data.encode import encode_pairs, encode_samples
+from unsloth_factory.data.load import load_conversations, load_pairs
+from unsloth_factory.data.split import split_validation
+from unsloth_factory.data.template import ChatTemplate
+from unsloth_factory.data.types import Conversation, DataReport, PreferencePair, TokenPair, TokenSample, Turn
+from unsloth_factory.knowledge import DomainPack, PackError, TermNormalizer, load_pack
+from unsloth_factory.model.device import default_quantization, pick_device_dtype
+from unsloth_factory.model.environment import versions
+from unsloth_factory.model.load import load_model
+from unsloth_factory.model.loaded import LoadedModel
+from unsloth_factory.run.atomic import write_json
+from unsloth_factory.run.folder import RunFolder, RunManifest, Thinking
+from unsloth_factory.training.checkpoint import claim
+from unsloth_factory.training.job import TrainingJob
+from unsloth_factory.training.loop import train
+from unsloth_factory.training.methods import METHODS, Method
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Both sides of the split, as conversations (or pairs) and as token rows."""
+
+    train_items: Sequence[TokenSample] | Sequence[TokenPair]
+    eval_items: Sequence[TokenSample] | Sequence[TokenPair]
+    held_out: list[Conversation]
+    thinking: Thinking
+    report: DataReport
+
+
+def run_sft(config: SftConfig) -> int:
+    """Supervised fine-tuning."""
+    return _train(config, "sft", METHODS["sft"]())
+
+
+def run_dpo(config: DpoConfig) -> int:
+    """Direct preference optimisation."""
+    return _train(config, "dpo", METHODS["dpo"](beta=config.beta))
+
+
+def _train(config: SftConfig, command: str, method: Method) -> int:
+    if config.model.model is None or config.data.dataset is None:
+        missing = [f"--{name}" for name, value in _required(config).items() if value is None]
+        raise UsageError(
+            f"uf {command} needs {' and '.join(missing)}. Example: uf {command} --model tiny --dataset d.csv"
+        )
+    console = Console()
+    folder = RunFolder(Path(config.run.output_dir or f"output/{command}-{datetime.now():%Y%m%d-%H%M%S}"))
+    pack = _domain_pack(config.data.domain)
+    with claim(folder, config.run, lambda line: console.print(line, highlight=False, markup=False)) as store:
+        items, held_out, report = _load_items(config, command, pack)
+        loaded = _load(config)
+        eos = loaded.generation_defaults.get("eos_token_id", [])
+        template = ChatTemplate.from_tokenizer(
+            loaded.tokenizer, config.model.chat_template, eos_ids=[eos] if isinstance(eos, int) else eos
+        )
+        prepared = _encode(config, template, items, held_out, report)
+        write_json(folder.data_report, asdict(report))
+        _print_report(console, report, folder)
+        job = TrainingJob(
+            loaded=loaded,
+            template=template,
+            method=method,
+            train_items=prepared.train_items,
+            eval_items=prepared.eval_items,
+            held_out=prepared.held_out,
+            tuning=config.tuning,
+            loop=config.loop,
+            run=config.run,
+            folder=folder,
+            manifest=_manifest(config, command, loaded, template, pack, prepared.thinking),
+            store=store,
+            resume_command=_resume_command(command, folder),
+            console=console,
+        )
+        result = train(job)
+    console.print(
+        f"Trained {result.steps} steps in {result.seconds:.0f} s. Weights: {result.adapter_path}\n"
+        f"Next: uf validate --run {shlex.quote(str(folder.path))}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    return 0
+
+
+def _required(config: SftConfig) -> dict[str, str | None]:
+    return {"model": config.model.model, "dataset": config.data.dataset}
+
+
+def _domain_pack(domain: str | None) -> DomainPack | None:
+    try:
+        return load_pack(domain) if domain else None
+    except PackError as error:
+        raise UsageError(f"--domain {domain}: {error}") from error
+
+
+def _load_items(config: SftConfig, command: str, pack: DomainPack | None) -> tuple[list[Any], list[Any], DataReport]:
+    """(training items, held-out items, report), before tokens."""
+    load = load_pairs if command == "dpo" else load_conversations
+    system = config.data.system or (pack.system_prompt if pack else None)
+    normalizer = TermNormalizer(pack) if pack else None
+    items, report = load(config.data, system=system, normalizer=normalizer)
+    if config.data.eval_dataset is None:
+        train_items, held_out = split_validation(items, config.data.val_split, config.loop.seed)
+        return train_items, held_out, report
+    held_settings = replace(config.data, dataset=config.data.eval_dataset, data_limit=None)
+    held_out, held_report = load(held_settings, system=system, normalizer=normalizer)
+    report.files += held_report.files
+    return items, held_out, report
+
+
+def _load(config: SftConfig) -> LoadedModel:
+    device, _, _ = pick_device_dtype()
+    return load_model(
+        config.model,
+        quantization_bit=default_quantization(config.tuning, device),
+        for_training=True,
+        tuning=config.tuning,
+        seed=config.loop.seed,
+    )
+
+
+def _encode(
+    config: SftConfig, template: ChatTemplate, items: list[Any], held_out: list[Any], report: DataReport
+) -> Prepared:
+    length, policy = config.data.max_seq_length, config.data.long_samples
+    encode: Any = encode_pairs if isinstance(items[0], PreferencePair) else encode_samples
+    conversations = [_conversation(item) for item in held_out]
+    return Prepared(
+        train_items=encode(items, template, length, policy, report),
+        eval_items=encode(held_out, template, length, policy, DataReport()) if held_out else [],
+        held_out=conversations,
+        thinking=thinking_mode([_conversation(item) for item in items], template),
+        report=report,
+    )
+
+
+def _conversation(item: Conversation | PreferencePair) -> Conversation:
+    return item if isinstance(item, Conversation) else Conversation((*item.prompt, item.chosen), item.source)
+
+
+def thinking_mode(conversations: Sequence[Conversation], template: ChatTemplate) -> Thinking:
+    """The mode that later commands prompt with: "on" when most answers reason, "unset" without such a switch."""
+    if not template.supports_thinking:
+        return "unset"
+    answers = [_last_answer(conversation.turns) for conversation in conversations]
+    return "on" if 2 * sum(bool(turn.reasoning) for turn in answers) > len(answers) else "off"
+
+
+def _last_answer(turns: Sequence[Turn]) -> Turn:
+    return next(turn for turn in reversed(turns) if turn.role == "assistant")
+
+
+def _manifest(
+    config: SftConfig,
+    command: str,
+    loaded: LoadedModel,
+    template: ChatTemplate,
+    pack: DomainPack | None,
+    thinking: Thinking,
+) -> RunManifest:
+    return RunManifest(
+        command=command,
+        model=str(config.model.model),
+        base_fingerprint=loaded.fingerprint,
+        finetuning_type=config.tuning.finetuning_type,
+        quantization_bit=4 if loaded.quantized else None,
+        thinking=thinking,
+        domain=config.data.domain,
+        system=config.data.system or (pack.system_prompt if pack else None),
+        max_seq_length=config.data.max_seq_length,
+        chat_template_sha256=template.sha256,
+        seed=config.loop.seed,
+        config=asdict(config),
+        versions=versions(),
+    )
+
+
+def _print_report(console: Console, report: DataReport, folder: RunFolder) -> None:
+    """What became of the rows, in a few lines."""
+    for file in report.files:
+        console.print(f"Data        {file['path']}: {file['rows']:,} rows, {file['format']}, {file['encoding']}",
+                      highlight=False, markup=False, soft_wrap=True)  # fmt: skip
+    losses = [f"{count:,} {reason}" for reason, count in report.skipped.items()]
+    losses += [f"{report.shortened:,} prompts shortened"] if report.shortened else []
+    losses += [f"{report.dropped_too_long:,} dropped, too long"] if report.dropped_too_long else []
+    losses += [f"{report.terms_normalized:,} terms brought to one form"] if report.terms_normalized else []
+    losses += [f"{count:,} {what}" for what, count in report.notes.items()]
+    if losses:
+        line = f"            {'; '.join(losses)} ({folder.data_report})"
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    tokens = report.tokens
+    console.print(
+        f"Tokens      {tokens['total']:,.0f}, {tokens['trained']:,.0f} of them trained; a sample has "
+        f"{tokens['mean']:.0f} on average, {tokens['max']:.0f} at most",
+        highlight=False,
+    )
+
+
+def _resume_command(command: str, folder: RunFolder) -> str:
+    """The command line that continues this run."""
+    words = [word for word in sys.argv[1:] if word != "--overwrite"] or [command]
+    if "--resume" not in words:
+        words += ["--resume", "auto"]
+    if not any(word.startswith(("--output_dir", "--output-dir")) for word in words):
+        words += ["--output_dir", str(folder.path)]
+    return "uf " + shlex.join(words)
