@@ -50,7 +50,9 @@ def test_near_names_are_offered(tmp_path, no_network):
         resolve_model(str(tmp_path / "qwen3_8b"))
 
 
-@pytest.mark.parametrize(("name", "expected"), [("Qwen/Qwen3-8B", True), ("tiny", False), ("a/b/c", False), ("../x", False)])
+@pytest.mark.parametrize(
+    ("name", "expected"), [("Qwen/Qwen3-8B", True), ("tiny", False), ("a/b/c", False), ("../x", False)]
+)
 def test_hub_ids(name, expected):
     assert is_hub_id(name) is expected
 
