@@ -50,7 +50,7 @@ def claim(folder: RunFolder, settings: RunSettings, say: Callable[[str], None] =
         say: Prints one line.
 
     Raises:
-        UserError: Another process trains in it, or it holds checkpoints and neither --resume nor --overwrite is given.
+        UserError: Another process trains in it, or it holds a training and neither --resume nor --overwrite is given.
         UsageError: Both are given.
     """
     if settings.resume and settings.overwrite:
@@ -59,9 +59,11 @@ def claim(folder: RunFolder, settings: RunSettings, say: Callable[[str], None] =
         store = CheckpointStore(folder.path, settings, say)
         store.remove_leftovers()
         found = store.steps()
-        if found and not settings.resume and not settings.overwrite:
+        results = [path for path in (folder.final_adapter, folder.final_model) if path.exists()]
+        if (found or results) and not settings.resume and not settings.overwrite:
+            newest = f"checkpoint-{found[-1]}" if found else results[0].name
             raise UserError(
-                f"{folder.path} holds checkpoints of an earlier training (newest: checkpoint-{found[-1]}). "
+                f"{folder.path} holds an earlier training (newest: {newest}). "
                 "Continue it with --resume auto, delete it with --overwrite, or name another --output_dir."
             )
         yield store
@@ -156,8 +158,8 @@ class CheckpointStore:
             UserError: The disk is full. The checkpoints before this one are intact.
         """
         temporary = self.folder / f".tmp-{step}-{os.getpid()}"
+        self._require_space(step, bytes_needed)
         with disk_errors(f"checkpoint-{step}", self._last_line()):
-            require_free_space(self.folder, bytes_needed, f"Disk full: checkpoint-{step}")
             try:
                 temporary.mkdir(parents=True)
                 write(temporary)
@@ -171,6 +173,12 @@ class CheckpointStore:
         for old in self.steps()[: -self.settings.save_total_limit]:
             self._delete(old)
         return self.path(step)
+
+    def _require_space(self, step: int, bytes_needed: int) -> None:
+        try:
+            require_free_space(self.folder, bytes_needed, f"checkpoint-{step}")
+        except UserError as error:
+            raise UserError(f"Disk full: {error} {self._last_line()}") from error
 
     def _last_line(self) -> str:
         steps = self.steps()

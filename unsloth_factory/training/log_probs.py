@@ -67,7 +67,8 @@ def token_log_probs(loaded: LoadedModel, batch: Batch, positions: TrainedPositio
 
 def chunk_rows(head: torch.nn.Module) -> int:
     """Positions whose logits are held at a time."""
-    vocabulary = int(getattr(head, "out_features", 0) or head.weight.shape[0])
+    assert isinstance(head, torch.nn.Linear), f"the output projection is a {type(head).__name__}"
+    vocabulary = head.out_features
     return max(1, LOGIT_BYTES // (4 * vocabulary))
 
 

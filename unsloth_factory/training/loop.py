@@ -63,7 +63,10 @@ def _start_afresh(session: Session) -> None:
     job = session.job
     copies = job.run.save_total_limit + 1  # the newest is written before the oldest is deleted
     require_free_space(job.folder.path, copies * session.checkpoint_bytes, f"Training with {copies} checkpoints")
-    job.store.discard_all()
+    if job.run.overwrite:
+        job.store.discard_all()
+        for old in (job.folder.final_adapter, job.folder.final_model):
+            shutil.rmtree(old, ignore_errors=True)  # or a run stopped half-way would show the old result as its own
     session.metrics.start(0, session.progress.say)
 
 
@@ -118,12 +121,12 @@ def walk(session: Session, stop: StopSignals) -> None:
         result = run_step(session, state.step)
         seconds = time.monotonic() - started
         _record(session, result)
-        if state.bad_streak >= MAX_BAD_STREAK:
-            rewind(session, result)
-            continue
         line = _metrics_line(session, result, seconds) | _evaluation(session, stop)
         state.seconds += time.monotonic() - started
         _log(session, line)
+        if state.bad_streak >= MAX_BAD_STREAK:
+            rewind(session, result)
+            continue
         stopped = _stop_signal(session, stop)
         # During a bad streak no regular checkpoint is taken: the one before it is what the run may be set back to.
         due = state.step % run.save_steps == 0 and state.bad_streak == 0
@@ -199,14 +202,15 @@ def _evaluation(session: Session, stop: StopSignals) -> dict[str, float]:
     outcome = evaluate(session, lambda: stop.received is not None)
     if outcome is None:
         return {}
-    state.eval_loss, state.eval_metrics = outcome
-    if math.isfinite(state.eval_loss) and state.eval_loss < (state.best_eval_loss or math.inf):
+    loss, metrics = outcome
+    state.eval_loss = loss if math.isfinite(loss) else None
+    state.eval_metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}
+    if state.eval_loss is not None and (state.best_eval_loss is None or state.eval_loss < state.best_eval_loss):
         state.best_eval_loss, state.best_step = state.eval_loss, state.step
-    figures = {"eval_loss": state.eval_loss} | {f"eval_{name}": value for name, value in state.eval_metrics.items()}
-    session.progress.say(
-        f"step {state.step}: " + "  ".join(f"{name} {value:.4f}" for name, value in figures.items())
-        + f"  (best loss {state.best_eval_loss or math.nan:.4f} at step {state.best_step})"
-    )  # fmt: skip
+    figures = {"eval_loss": loss} | {f"eval_{name}": value for name, value in metrics.items()}
+    best = f"best loss {state.best_eval_loss:.4f} at step {state.best_step}" if state.best_step else "no finite loss yet"
+    shown = "  ".join(f"{name} {value:.4f}" for name, value in figures.items())
+    session.progress.say(f"step {state.step}: {shown}  ({best})")
     return figures
 
 

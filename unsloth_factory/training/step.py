@@ -142,7 +142,8 @@ def _make(session: Session, items: Sequence[Any]) -> Batch:
 
 def _seed(session: Session, step: int) -> None:
     """Dropout of a step depends on (seed, step, process) alone, so a resumed run draws the same numbers."""
-    torch.manual_seed((session.job.loop.seed * 1_000_003 + step) * 1_009 + session.accelerator.process_index)
+    mixed = (session.job.loop.seed * 1_000_003 + step) * 1_009 + session.accelerator.process_index
+    torch.manual_seed(mixed % 2**63)
 
 
 def _reduce(session: Session, values: torch.Tensor) -> torch.Tensor:
