@@ -48,19 +48,11 @@ def encode_samples(
     samples: list[TokenSample] = []
     for part in _chunks(conversations):
         for conversation, rows in zip(part, template.encode_conversations(part), strict=True):
-            for number, row in enumerate(rows):
-                if len(row.ids) > max_seq_length:
-                    turns = conversation.turns if len(rows) == 1 else _until_answer(conversation.turns, number)
-                    joined = len(rows) == 1
-                    shorter = None
-                    if long_samples == "shorten_prompt":
-                        shorter = _shorten_sample(turns, conversation.source, template, max_seq_length, joined)
-                    _count(report, shorter)
-                    if shorter is None:
-                        continue
-                    row = shorter
+            if max((len(row.ids) for row in rows), default=0) > max_seq_length:
+                rows = _fit(conversation, rows, template, max_seq_length, long_samples, report)
+            for row in rows:
                 _require_trained(row)
-                samples.append(row)
+            samples += rows
     _finish(report, samples, len(conversations), max_seq_length)
     return samples
 
@@ -113,24 +105,69 @@ def _until_answer(turns: Sequence[Turn], number: int) -> tuple[Turn, ...]:
     return tuple(turns[: ends[number] + 1])
 
 
-def _shorten_sample(
-    turns: Sequence[Turn], source: str, template: ChatTemplate, limit: int, joined: bool
-) -> TokenSample | None:
-    def encode(prompt: tuple[Turn, ...]) -> TokenSample:
-        kept = (*prompt, turns[-1])
-        if not joined:
-            return template.encode_answer(kept, source)
-        rows = template.encode_conversation(Conversation(kept, source))
-        return rows[-1]
+def _fit(
+    conversation: Conversation,
+    rows: Sequence[TokenSample],
+    template: ChatTemplate,
+    limit: int,
+    long_samples: LongSamples,
+    report: DataReport,
+) -> list[TokenSample]:
+    """The rows of one conversation with the long ones shortened, cut into windows, or left out."""
+    if long_samples == "shorten_prompt" and len(rows) == 1:
+        return _windows(conversation, template, limit, report)
+    fitting = []
+    for number, row in enumerate(rows):
+        shorter: TokenSample | None = row
+        if len(row.ids) > limit:
+            shorter = None
+            if long_samples == "shorten_prompt":
+                *prompt, answer = _until_answer(conversation.turns, number)
+                shorter, _ = _shorten(tuple(prompt), _answer_encoder(template, answer, conversation), _row_length, limit)
+            _count(report, shorter)
+        if shorter is not None:
+            fitting.append(shorter)
+    return fitting
 
-    return _shorten(tuple(turns[:-1]), encode, lambda row: len(row.ids), limit)
+
+def _answer_encoder(
+    template: ChatTemplate, answer: Turn, conversation: Conversation
+) -> Callable[[tuple[Turn, ...]], TokenSample]:
+    return lambda prompt: template.encode_answer((*prompt, answer), conversation.source)
+
+
+def _windows(
+    conversation: Conversation, template: ChatTemplate, limit: int, report: DataReport
+) -> list[TokenSample]:
+    """A conversation that is one row, as rows of as many last turns as fit: every answer is still trained once."""
+    windows: list[TokenSample] = []
+    turns = _until_answer(conversation.turns, -1)
+    opening = 1 if turns[0].role == "system" else 0
+    while len(turns) > opening:
+
+        def encode(prompt: tuple[Turn, ...], last: Turn = turns[-1]) -> TokenSample:
+            return template.encode_conversation(replace(conversation, turns=(*prompt, last)))[-1]
+
+        row: TokenSample | None = encode(turns[:-1])
+        start = opening
+        if row is not None and len(row.ids) > limit:
+            row, start = _shorten(turns[:-1], encode, _row_length, limit)
+            _count(report, row)
+        if row is not None:
+            windows.insert(0, row)
+        turns = turns[:start]
+    return windows
+
+
+def _row_length(row: TokenSample) -> int:
+    return len(row.ids)
 
 
 def _shorten_pair(pair: PreferencePair, template: ChatTemplate, limit: int) -> TokenPair | None:
     def encode(prompt: tuple[Turn, ...]) -> TokenPair:
         return template.encode_pair(replace(pair, prompt=prompt))
 
-    return _shorten(pair.prompt, encode, _pair_length, limit)
+    return _shorten(pair.prompt, encode, _pair_length, limit)[0]
 
 
 def _shorten(
@@ -138,14 +175,17 @@ def _shorten(
     encode: Callable[[tuple[Turn, ...]], _Item],
     length: Callable[[_Item], int],
     limit: int,
-) -> _Item | None:
-    """The row with the longest prompt that fits, or None when not even an empty user text makes it fit."""
+) -> tuple[_Item | None, int]:
+    """The row with the longest prompt that fits and where that begins in `prompt`.
+
+    None when even a few characters of the last question do not fit beside the answer.
+    """
     system = tuple(turn for turn in prompt[:1] if turn.role == "system")
     starts = [i for i, turn in enumerate(prompt) if turn.role == "user"]
     for start in starts[1:]:
         row = encode((*system, *prompt[start:]))
         if length(row) <= limit:
-            return row
+            return row, start
     kept = (*system, *prompt[starts[-1] :])
     texts = [i for i, turn in enumerate(kept) if turn.role in ("user", "tool")]
     longest = max(texts, key=lambda i: len(kept[i].content))
@@ -155,7 +195,7 @@ def _shorten(
         turn = replace(kept[longest], content=_without_middle(content, characters))
         return encode((*kept[:longest], turn, *kept[longest + 1 :]))
 
-    return _largest_fit(cut, length, len(content) - 1, limit)
+    return _largest_fit(cut, length, len(content) - 1, limit), starts[-1]
 
 
 def _largest_fit(cut: Callable[[int], _Item], length: Callable[[_Item], int], most: int, limit: int) -> _Item | None:
