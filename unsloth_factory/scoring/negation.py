@@ -16,6 +16,8 @@ NEGATIVE = re.compile(f"(?P<pseudo>{words.PSEUDO})|(?P<strong>{words.STRONG})|(?
 LIGHT = words.compile_words(words.LIGHT)
 CIRCUMSTANCE = words.compile_words(words.CIRCUMSTANCE)
 BREAK = words.compile_words(words.BREAK)
+STATES = words.compile_words(words.STATES)
+CONSEQUENCE = words.compile_words(words.CONSEQUENCE)
 GOVERNED = words.compile_words(words.GOVERNED)
 COORDINATOR = words.compile_words(words.COORDINATOR)
 BOUNDARY = words.compile_words(words.CONTRAST)
@@ -119,7 +121,7 @@ def _negations(prefix: str) -> int:
         if match["weak"] and not LIGHT.fullmatch(gap.strip()):
             continue
         if count == 0:
-            if not _reaches(gap):
+            if not _reaches(match.group(), gap):
                 continue
         elif not _nested(gap):
             break
@@ -129,8 +131,12 @@ def _negations(prefix: str) -> int:
     return count
 
 
-def _reaches(gap: str) -> bool:
-    return bool(GOVERNED.match(gap)) or not BREAK.search(gap)
+def _reaches(negation: str, gap: str) -> bool:
+    if GOVERNED.match(gap):
+        return True
+    if STATES.fullmatch(negation) and CONSEQUENCE.search(gap):
+        return False
+    return not BREAK.search(gap)
 
 
 def _nested(gap: str) -> bool:
