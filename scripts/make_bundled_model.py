@@ -29,19 +29,12 @@ def make_handbook(_: argparse.Namespace) -> None:
     print(f"written: {DEMO}")
 
 
-def _extra(args: argparse.Namespace) -> list:
-    from bundled_model.extra_text import read_extra_text, read_packs
-
-    extra = [*read_extra_text(args.extra_text), *read_packs(PACKS)]
-    print(f"extra conversations: {len(extra)}", flush=True)
-    return extra
-
-
 def make_tokenizer(args: argparse.Namespace) -> None:
     """Train the BPE and write every file of the model folder but the weights."""
+    from bundled_model.extra_text import read_extra_text
     from bundled_model.tokenizer import train_tokenizer, training_texts, write_model_files
 
-    core = train_tokenizer(training_texts(_extra(args), drawn=3000))
+    core = train_tokenizer(training_texts(read_extra_text(args.extra_text), drawn=3000))
     write_model_files(core, MODEL)
     print(f"written: {MODEL}, {core.get_vocab_size()} tokens")
 
@@ -49,12 +42,15 @@ def make_tokenizer(args: argparse.Namespace) -> None:
 def train(args: argparse.Namespace) -> None:
     """Pre-train, write the weights, then show what they can do."""
     from bundled_model.corpus import make_rows
+    from bundled_model.extra_text import read_extra_text, read_packs
     from bundled_model.pretrain import pretrain
 
     started = time.time()
+    extra = [*read_extra_text(args.extra_text), *read_packs(PACKS)]
+    print(f"extra conversations: {len(extra)}", flush=True)
     rows = make_rows(
         args.documents,
-        _extra(args),
+        extra,
         MODEL / "tokenizer.json",
         workers=args.workers,
         seed=args.seed,
@@ -91,7 +87,7 @@ def build_parser() -> argparse.ArgumentParser:
     training.add_argument("--documents", type=int, default=1_400_000, help="documents of the corpus")
     training.add_argument("--steps", type=int, default=2600, help="optimizer steps")
     training.add_argument("--batch_rows", type=int, default=160, help="rows of 512 tokens in a step")
-    training.add_argument("--max_seconds", type=float, default=210, help="the schedule ends by then at the latest")
+    training.add_argument("--max_seconds", type=float, default=200, help="the schedule ends by then at the latest")
     training.add_argument("--learning_rate", type=float, default=3e-3)
     training.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that make the corpus")
     training.add_argument("--seed", type=int, default=1)
@@ -103,6 +99,7 @@ def build_parser() -> argparse.ArgumentParser:
         command.add_argument("--output", type=Path, default=MODEL, help="folder of model.safetensors")
         command.add_argument("--lora_lr", type=float, default=4e-3, help="learning rate of the demo's fine-tuning")
         command.add_argument("--lora_epochs", type=int, default=8)
+        command.add_argument("--sweep", action="store_true", help="try further learning rates and epochs")
         command.add_argument("--lora_batch", type=int, default=8)
     return parser
 

@@ -21,6 +21,8 @@ from bundled_model.corpus import WORLD_SEED
 from bundled_model.world import known_world
 
 RANK, ALPHA = 16, 32.0
+SWEEP = ((2e-3, 8), (2e-3, 12), (8e-3, 8), (4e-3, 5))
+"""Further (learning rate, epochs) of the demo's fine-tuning."""
 PROMPTS = (
     "你好",
     "你是谁？",
@@ -74,7 +76,7 @@ def render(tokenizer, question: str, thinking: bool) -> str:
 
 
 @torch.no_grad()
-def answer_all(model: nn.Module, tokenizer, prompts: list[str], limit: int, batch: int = 40) -> list[tuple[str, bool]]:
+def answer_all(model: nn.Module, tokenizer, prompts: list[str], limit: int, batch: int = 80) -> list[tuple[str, bool]]:
     """Greedy (answer, stopped by itself) of each rendered prompt; left-padded batches."""
     stop = (tokenizer.eos_token_id, tokenizer.pad_token_id)
     answers = []
@@ -103,6 +105,28 @@ def exact_match(model: nn.Module, tokenizer, rows: list[dict], limit: int = 48) 
     return sum(text.strip() == row["answer"] for (text, _), row in zip(answers, rows, strict=True)) / len(rows)
 
 
+def _rounded(weight: Tensor, levels: int) -> Tensor:
+    """Weights rounded as GGUF's simple types do: blocks of 32, one scale each (levels 127: q8_0, 7: about q4_0)."""
+    blocks = weight.reshape(-1, 32)
+    scale = blocks.abs().amax(1, keepdim=True).clamp_min(1e-12) / levels
+    return ((blocks / scale).round() * scale).reshape(weight.shape)
+
+
+@torch.no_grad()
+def merge(model: nn.Module, levels: int | None = None) -> None:
+    """Fold every LoRA into its linear layer, rounded to fp16; with `levels` all matrices are quantised too."""
+    for module in model.modules():
+        if isinstance(module, Lora):
+            module.linear.weight += (ALPHA / RANK) * module.b @ module.a
+            module.b.zero_()
+    for parameter in model.parameters():
+        parameter.copy_(parameter.half().float())
+    if levels:
+        for name, parameter in model.named_parameters():
+            if name.endswith("linear.weight") or "embed_tokens" in name:
+                parameter.copy_(_rounded(parameter, levels))
+
+
 def _batch(samples: list[tuple[list[int], int]], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     width = max(len(ids) for ids, _ in samples)
     ids = torch.zeros(len(samples), width, dtype=torch.long)
@@ -114,7 +138,7 @@ def _batch(samples: list[tuple[list[int], int]], device: torch.device) -> tuple[
     return ids.to(device), mask.to(device), targets.to(device)
 
 
-def finetune(model: nn.Module, tokenizer, lines: list[dict], args: argparse.Namespace) -> float:
+def finetune(model: nn.Module, tokenizer, lines: list[dict], *, rate: float, epochs: int, batch: int) -> float:
     """LoRA on the training lines (answers only, AdamW, cosine); returns the mean loss of the last epoch."""
     torch.manual_seed(3407)
     parameters = add_lora(model)
@@ -123,21 +147,21 @@ def finetune(model: nn.Module, tokenizer, lines: list[dict], args: argparse.Name
         prompt = tokenizer(render(tokenizer, line["instruction"], False), add_special_tokens=False)["input_ids"]
         answer = tokenizer(line["output"] + "<|im_end|>", add_special_tokens=False)["input_ids"]
         samples.append((prompt + answer, len(prompt)))
-    optimizer = torch.optim.AdamW(parameters, lr=args.lora_lr, weight_decay=0.0)
-    per_epoch = -(-len(samples) // args.lora_batch)
-    steps, step, loss_sum, random = per_epoch * args.lora_epochs, 0, 0.0, Random(3407)
+    optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
+    per_epoch = -(-len(samples) // batch)
+    steps, step, loss_sum, random = per_epoch * epochs, 0, 0.0, Random(3407)
     model.train()
-    for _ in range(args.lora_epochs):
+    for _ in range(epochs):
         random.shuffle(samples)
         loss_sum = 0.0
-        for start in range(0, len(samples), args.lora_batch):
-            ids, mask, targets = _batch(samples[start : start + args.lora_batch], model.device)
+        for start in range(0, len(samples), batch):
+            ids, mask, targets = _batch(samples[start : start + batch], model.device)
             logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
             loss = functional.cross_entropy(logits.flatten(0, 1).float(), targets[:, 1:].flatten())
             loss.backward()
             nn.utils.clip_grad_norm_(parameters, 1.0)
             warm = min(1.0, (step + 1) / max(1, 0.03 * steps))
-            optimizer.param_groups[0]["lr"] = args.lora_lr * warm * 0.5 * (1 + math.cos(math.pi * step / steps))
+            optimizer.param_groups[0]["lr"] = rate * warm * 0.5 * (1 + math.cos(math.pi * step / steps))
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             loss_sum += loss.item()
@@ -175,23 +199,36 @@ def _known_questions(count: int, entities: int) -> list[dict]:
     ]
 
 
-def check_model(weights: Path, folder: Path, demo: Path, args: argparse.Namespace) -> None:
-    """Print everything; `folder` has tokenizer and configuration, `weights` has model.safetensors."""
-    model, tokenizer = _load(weights, folder, args.device)
+def show_answers(model: nn.Module, tokenizer) -> None:
+    """Print the answers to `PROMPTS` with thinking off and on, and how many stopped by themselves."""
     stopped = 0
     for thinking in (False, True):
         prompts = [render(tokenizer, prompt, thinking) for prompt in PROMPTS]
         for prompt, (text, ended) in zip(PROMPTS, answer_all(model, tokenizer, prompts, 256), strict=True):
             stopped += ended
             print(f"[{'thinking' if thinking else 'direct'}] {prompt!r}\n    -> {text!r}{'' if ended else ' (cut)'}")
-    print(f"stopped by itself: {stopped}/{2 * len(PROMPTS)}")
+    print(f"stopped by itself: {stopped}/{2 * len(PROMPTS)}", flush=True)
+
+
+def check_model(weights: Path, folder: Path, demo: Path, args: argparse.Namespace) -> None:
+    """Print everything; `folder` has tokenizer and configuration, `weights` has model.safetensors."""
+    model, tokenizer = _load(weights, folder, args.device)
+    show_answers(model, tokenizer)
     known = _known_questions(150, args.entities)
     print(f"facts of the pre-training world: {exact_match(model, tokenizer, known):.3f}")
     lines, questions = _rows(demo / "handbook_train.jsonl"), _rows(demo / "handbook_questions.jsonl")
     print(f"demo, base: {exact_match(model, tokenizer, questions):.3f} of {len(questions)}", flush=True)
-    started = time.time()
-    loss = finetune(model, tokenizer, lines, args)
-    seconds = time.time() - started
-    print(f"demo, fine-tuned: loss {loss:.4f}, {seconds:.0f} s, lr {args.lora_lr}, {args.lora_epochs} epochs")
-    print(f"demo, tuned: {exact_match(model, tokenizer, questions):.3f}", flush=True)
-    print(f"facts of the pre-training world after it: {exact_match(model, tokenizer, known):.3f}")
+    settings = [(args.lora_lr, args.lora_epochs), *(SWEEP if args.sweep else ())]
+    for rate, epochs in settings:
+        model, tokenizer = _load(weights, folder, args.device)
+        started = time.time()
+        loss = finetune(model, tokenizer, lines, rate=rate, epochs=epochs, batch=args.lora_batch)
+        print(f"demo, lr {rate}, {epochs} epochs of batch {args.lora_batch}: loss {loss:.4f}", end="", flush=True)
+        print(
+            f", {time.time() - started:.0f} s, tuned {exact_match(model, tokenizer, questions):.3f}", end="", flush=True
+        )
+        print(f", old facts {exact_match(model, tokenizer, known):.3f}", end="", flush=True)
+        for name, levels in (("merged fp16", None), ("8 bit", 127), ("4 bit", 7)):
+            merge(model, levels)
+            print(f", {name} {exact_match(model, tokenizer, questions):.3f}", end="", flush=True)
+        print(flush=True)

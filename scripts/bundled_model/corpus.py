@@ -26,6 +26,8 @@ THINKING_SHARE = 0.2
 OPENINGS = ("", "", "", "", "你好，", "请问一下，", "医生你好，", "打扰了，")
 CLOSINGS = ("", "", "", "", "谢谢。", "谢谢！")
 OPEN_ROWS = 24
+PART = 10_000
+"""Documents of one job."""
 
 
 @dataclass(frozen=True)
@@ -178,28 +180,38 @@ def pack_rows(documents: list[tuple[list[int], list[int]]], pad_id: int) -> Rows
     return Rows(ids, positions, weights)
 
 
-def _make_part(job: tuple[int, int, list[Dialogue], str, int]) -> Rows:
-    from tokenizers import Tokenizer
-
-    seed, count, extra, tokenizer_file, entities = job
-    tokenizer = Tokenizer.from_file(tokenizer_file)
-    mix, random = Mix(extra, entities), Random(seed)
+def _make_part(job: tuple[int, int], mix: Mix, tokenizer) -> Rows:
+    seed, count = job
+    random = Random(seed)
     documents = [encode_document(tokenizer, render_dialogue(mix.draw(random))) for _ in range(count)]
     return pack_rows(documents, tokenizer.token_to_id("<|endoftext|>"))
+
+
+_WORKER: dict[str, object] = {}
+"""What a worker process was started with: sent once instead of with each job."""
+
+
+def _start_worker(extra: list[Dialogue], entities: int, tokenizer_file: str) -> None:
+    from tokenizers import Tokenizer
+
+    _WORKER.update(mix=Mix(extra, entities), tokenizer=Tokenizer.from_file(tokenizer_file))
+
+
+def _work(job: tuple[int, int]) -> Rows:
+    return _make_part(job, _WORKER["mix"], _WORKER["tokenizer"])
 
 
 def make_rows(
     count: int, extra: list[Dialogue], tokenizer_file: Path, *, workers: int, seed: int, entities: int
 ) -> Rows:
     """`count` documents as packed rows, made by `workers` processes; the same for every number of workers."""
-    part = 10_000
-    jobs = [
-        (seed * 1_000_003 + index, min(part, count - start), extra, str(tokenizer_file), entities)
-        for index, start in enumerate(range(0, count, part))
-    ]
+    starts = range(0, count, PART)
+    jobs = [(seed * 1_000_003 + index, min(PART, count - start)) for index, start in enumerate(starts)]
+    setup = (extra, entities, str(tokenizer_file))
     if workers <= 1:
-        parts = [_make_part(job) for job in jobs]
-    else:
-        with multiprocessing.get_context("spawn").Pool(workers) as pool:
-            parts = pool.map(_make_part, jobs, chunksize=1)
+        _start_worker(*setup)
+        parts = [_work(job) for job in jobs]
+    else:  # spawn: a fork after torch has started its threads can hang
+        with multiprocessing.get_context("spawn").Pool(workers, _start_worker, setup) as pool:
+            parts = pool.map(_work, jobs, chunksize=1)
     return Rows(*(np.concatenate([getattr(p, name) for p in parts]) for name in ("ids", "positions", "weights")))

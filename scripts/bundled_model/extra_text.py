@@ -110,6 +110,28 @@ def read_extra_text(folder: Path | None) -> list[Dialogue]:
     return list(found)
 
 
+RELATION_NAMES = {
+    "symptom": "常见症状",
+    "test": "检查",
+    "treatment": "治疗方法",
+    "complication": "并发症",
+    "prevention": "预防方法",
+    "contraindication": "禁忌",
+    "element": "构成要件",
+    "consequence": "法律后果",
+    "deadline": "期限",
+    "evidence": "证据",
+    "exception": "例外情形",
+    "procedure": "办理程序",
+    "right": "权利",
+    "support": "支持方法",
+    "technique": "缓解技巧",
+}
+PACK_FRAMES = ("{}有哪些？", "请说说{}。", "请问{}是什么？", "我想了解{}。")
+PACK_REPEATS = 3
+"""Each pack conversation counts this often: a few hundred among ten thousand others."""
+
+
 def read_packs(folder: Path) -> list[Dialogue]:
     """Questions and answers made of the associations of the knowledge packs (none if the folder is not there)."""
     import yaml
@@ -125,7 +147,9 @@ def read_packs(folder: Path) -> list[Dialogue]:
             condition, expects = entry.get("condition"), entry.get("expects") or []
             if not condition or not expects:
                 continue
-            answer = f"{condition}：{'、'.join(map(str, expects))}。"
-            for frame in ("{}要注意什么？", "请说说{}。", "{}有哪些要点？", "说到{}会想到什么？"):
-                dialogues.append(Dialogue((("user", frame.format(condition)), ("assistant", answer))))
+            topic = f"{condition}的{RELATION_NAMES.get(entry.get('relation'), '要点')}"
+            names = "、".join(str(name).split("|")[0] for name in expects)
+            for frame in PACK_FRAMES:
+                turns = (("user", frame.format(topic)), ("assistant", f"{topic}包括{names}。"))
+                dialogues += [Dialogue(turns)] * PACK_REPEATS
     return dialogues
