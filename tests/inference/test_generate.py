@@ -145,5 +145,3 @@ def test_only_the_last_position_goes_through_the_head(loaded, monkeypatch):
     monkeypatch.setattr(head, "forward", lambda hidden: (widths.append(hidden.shape[1]), original(hidden))[1])
     choice_logprobs(loaded, random_prompts(loaded, [60, 70]), [[[1], [2]]] * 2)
     assert set(widths) == {1}
-
-

@@ -69,7 +69,9 @@ def _line(record: dict[str, Any]) -> str:
 def _task_folder(benchmark: Benchmark, task_dir: str | None) -> Path:
     folder = task_dir or benchmark.folder
     if folder is None:
-        raise UsageError(f"--task {benchmark.name} needs --task_dir FOLDER: its data, as published ({benchmark.layout}).")
+        raise UsageError(
+            f"--task {benchmark.name} needs --task_dir FOLDER: its data, as published ({benchmark.layout})."
+        )
     if not Path(folder).expanduser().is_dir():
         raise UsageError(f"--task_dir {folder} is no folder.")
     return Path(folder).expanduser()

@@ -1,6 +1,6 @@
 """A benchmark is a YAML file: where its files lie, their columns, the prompt around a question, its groups.
 
-The comments of `benchmarks/ceval.yaml` explain the keys; a benchmark of one's own is given as `--task path/to/file.yaml`.
+The comments of `benchmarks/ceval.yaml` explain the keys. A benchmark of one's own: `--task path/to/file.yaml`.
 """
 
 from __future__ import annotations
@@ -199,5 +199,7 @@ def _discover(benchmark: Benchmark, folder: Path, split: str) -> tuple[Subject, 
         relative = path.relative_to(folder).as_posix()
         names.append(relative[len(before) : len(relative) - len(after)])
     if not names:
-        raise UserError(f"{folder} holds no {layout.replace('{subject}', 'SUBJECT')}. Give --task_dir the folder above.")
+        raise UserError(
+            f"{folder} holds no {layout.replace('{subject}', 'SUBJECT')}. Give --task_dir the folder above."
+        )
     return tuple(Subject(name=name) for name in names)

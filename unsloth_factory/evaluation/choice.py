@@ -169,9 +169,7 @@ def _read(
     return [shot for shot in shots if (shot.text, frozenset(shot.options)) not in asked][: options.n_shot], questions
 
 
-def _result(
-    maker: PromptMaker, options: ChoiceOptions, scored: list[_Scored], model: dict[str, Any]
-) -> ChoiceResult:
+def _result(maker: PromptMaker, options: ChoiceOptions, scored: list[_Scored], model: dict[str, Any]) -> ChoiceResult:
     benchmark = maker.benchmark
     letters, variants = benchmark.letters, list(scored[0].scores)
     subjects = [item.subject for item in scored]
@@ -273,8 +271,7 @@ def _submission(scored: list[_Scored], variant: str, letters: Sequence[str]) -> 
     """C-Eval's official format: {subject: {question id: letter}}."""
     return {
         item.subject.name: {
-            question.id: choice
-            for question, choice in zip(item.questions, item.choices(variant, letters), strict=True)
+            question.id: choice for question, choice in zip(item.questions, item.choices(variant, letters), strict=True)
         }
         for item in scored
     }

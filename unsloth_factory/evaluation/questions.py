@@ -41,6 +41,9 @@ def read_questions(
     if not path.is_file():
         raise UserError(f"{path} is missing. --task_dir must be the folder that holds {benchmark.layout}.")
     table = read_table(path)
+    for row in table.rows:
+        if row.problem:
+            raise UserError(f"{path}, row {row.number}: {row.problem}. A benchmark is scored whole or not at all.")
     roles = ["question", *benchmark.letters, *(["answer"] if with_answers else [])]
     missing = [benchmark.column(role) for role in roles if benchmark.column(role) not in table.columns]
     if missing:
@@ -48,12 +51,7 @@ def read_questions(
         raise UserError(
             f"{path} has no column {', '.join(missing)}; it has: {found}. Name the columns in the benchmark's YAML."
         )
-    for row in table.rows:
-        if row.problem:
-            raise UserError(f"{path}, row {row.number}: {row.problem}. A benchmark is scored whole or not at all.")
-    return [
-        _question(benchmark, subject, place, row, with_answers) for place, row in enumerate(table.rows)
-    ]
+    return [_question(benchmark, subject, place, row, with_answers) for place, row in enumerate(table.rows)]
 
 
 def _question(benchmark: Benchmark, subject: str, place: int, row: Row, with_answers: bool) -> Question:

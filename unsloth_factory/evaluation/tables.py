@@ -92,3 +92,16 @@ def _letters(report: EvalReport) -> Iterator[str]:
     if constant:
         scores = ", ".join(f'always "{letter}" {values["macro"]:.4f}' for letter, values in constant.items())
         yield f"without reading the questions (macro): {scores}, chance {report.details['chance']:.4f}"
+
+
+def print_worst(report: EvalReport, console: Console, shown: int = 3) -> None:
+    """Print the worst answers with what is wrong with them."""
+    for sample in [sample for sample in report.details.get("worst", []) if sample["problems"]][:shown]:
+        console.print(f"worst: {sample['source']}: {'; '.join(sample['problems'][:3])}", style="red", markup=False)
+        for name in ("question", "reference", *report.metrics):
+            console.print(f"  {name}: {_short(sample[name])}", highlight=False, markup=False)
+
+
+def _short(text: str, limit: int = 160) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= limit else line[: limit - 1] + "…"

@@ -75,8 +75,8 @@ class ChatSession:
                 return prompt, dropped
             if not self._past():
                 raise UserError(
-                    f"The message makes a prompt of {len(prompt)} tokens; {self.max_prompt_tokens} fit beside the answer. "
-                    "Shorten it, or lower --max_new_tokens."
+                    f"The message makes a prompt of {len(prompt)} tokens; {self.max_prompt_tokens} fit beside the "
+                    "answer. Shorten it, or lower --max_new_tokens."
                 )
             del self.history[:2]
             dropped += 1

@@ -63,7 +63,7 @@ def choice_logprobs(
 
 
 def _extensions(choices: Sequence[list[int]]) -> list[tuple[int, ...]]:
-    """What must stand behind the prompt so that every choice's last token is predicted; () serves the one-token ones."""
+    """What must stand behind the prompt so that each choice's last token is predicted; () for one-token choices."""
     return sorted({tuple(choice[:-1]) for choice in choices})
 
 
@@ -87,9 +87,7 @@ def _prefill(loaded: LoadedModel, prefix: list[int]) -> Any:
     return cache
 
 
-def _tail_log_probs(
-    loaded: LoadedModel, rows: list[list[int]], cache: Any, prefix: int, last: int
-) -> torch.Tensor:
+def _tail_log_probs(loaded: LoadedModel, rows: list[list[int]], cache: Any, prefix: int, last: int) -> torch.Tensor:
     """Log-probabilities at the last positions of each row, float32 [B, last, V]."""
     ids, mask = (tensor.to(loaded.device) for tensor in pad_left(rows, pad_id_of(loaded)))
     positions = (mask.cumsum(1) - 1).clamp(min=0) + prefix
@@ -102,7 +100,9 @@ def _tail_log_probs(
     return forward(loaded, ids, positions, mask, own, last).float().log_softmax(dim=-1)
 
 
-def _fill(scores: np.ndarray, choices: Sequence[list[int]], extension: tuple[int, ...], log_probs: torch.Tensor) -> None:
+def _fill(
+    scores: np.ndarray, choices: Sequence[list[int]], extension: tuple[int, ...], log_probs: torch.Tensor
+) -> None:
     """Write the choices that this row decides; log_probs is [last, V], its last row predicts the token after it."""
     first = log_probs.shape[0] - 1 - len(extension)
     for column, choice in enumerate(choices):

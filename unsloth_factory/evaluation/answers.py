@@ -1,0 +1,134 @@
+"""One generated answer against its reference and its field's pack: numbers, each with a direction."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from unsloth_factory.data.template import ChatTemplate
+from unsloth_factory.data.types import Conversation, Turn
+from unsloth_factory.evaluation.report import Direction
+from unsloth_factory.inference.generate import Generation
+from unsloth_factory.knowledge import DomainPack
+from unsloth_factory.scoring import association_coverage, exact_match, repetition, rule_violations, term_coverage
+
+SEVERITIES = ("critical", "major", "minor")
+DIRECTIONS: Mapping[str, Direction] = {
+    "exact match": "higher",
+    "term coverage": "higher",
+    "association coverage": "higher",
+    **{f"{severity} violations per answer": "lower" for severity in SEVERITIES},
+    "control-token leaks": "lower",
+    "stopped by itself": "higher",
+    "empty answers": "lower",
+    "repetition": "lower",
+    "answer tokens": "neutral",
+}
+"""Every metric of a validation, in the order of the table. Shares are means of 0/1 over the answers."""
+BINARY = ("exact match", "control-token leaks", "stopped by itself", "empty answers")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What is asked, and the answer that a person wrote."""
+
+    prompt: tuple[Turn, ...]
+    reference: str
+    source: str
+
+    @property
+    def question(self) -> str:
+        """The last user turn."""
+        return next((turn.content for turn in reversed(self.prompt) if turn.role == "user"), "")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A generated answer, taken apart."""
+
+    text: str
+    reasoning: str | None
+    leaked: tuple[str, ...]
+    """Control tokens in it."""
+    stopped: bool
+    tokens: int
+    violations: tuple[dict[str, Any], ...]
+    """rule_id, severity, sentence and the matched words."""
+    scores: dict[str, float | None]
+    """Metric -> value; None where the question says nothing about it (no term in the reference, say)."""
+
+
+def samples_of(conversations: Sequence[Conversation], system: str | None) -> list[Sample]:
+    """One sample a conversation: everything before its last assistant turn is the prompt.
+
+    Args:
+        conversations: As loaded; those without an assistant turn are left out.
+        system: Put before conversations that have no system turn of their own.
+    """
+    samples = []
+    for conversation in conversations:
+        turns = conversation.turns
+        last = max((i for i, turn in enumerate(turns) if turn.role == "assistant"), default=0)
+        if last == 0:
+            continue
+        opening = (Turn("system", system),) if system and turns[0].role != "system" else ()
+        samples.append(Sample((*opening, *turns[:last]), turns[last].content, conversation.source))
+    return samples
+
+
+def read_answer(
+    generation: Generation, sample: Sample, template: ChatTemplate, thinking: bool | None, pack: DomainPack | None
+) -> Answer:
+    """Decode and score one generation."""
+    reasoning, text, leaked = template.decode_answer(generation.ids, thinking)
+    violations = [asdict(v) for v in rule_violations(text, pack, sample.question)] if pack else []
+    scores: dict[str, float | None] = {
+        "exact match": float(exact_match(text, sample.reference)),
+        "term coverage": term_coverage(text, sample.reference, pack) if pack else None,
+        "association coverage": association_coverage(sample.question, text, pack) if pack else None,
+        "control-token leaks": float(bool(leaked)),
+        "stopped by itself": float(generation.stopped),
+        "empty answers": float(not text),
+        "repetition": repetition(text),
+        "answer tokens": float(len(generation.ids)),
+    }
+    for severity in SEVERITIES:
+        count = sum(violation["severity"] == severity for violation in violations)
+        scores[f"{severity} violations per answer"] = float(count) if pack else None
+    return Answer(
+        text=text,
+        reasoning=reasoning,
+        leaked=tuple(leaked),
+        stopped=generation.stopped,
+        tokens=len(generation.ids),
+        violations=tuple(violations),
+        scores={name: scores[name] for name in DIRECTIONS},
+    )
+
+
+def problems(answer: Answer) -> list[str]:
+    """What is wrong with an answer, in words, the worst first."""
+    found = [f"{v['severity']} rule {v['rule_id']}: {v['sentence']}" for v in _by_severity(answer.violations)]
+    if answer.leaked:
+        found.append(f"control tokens in the answer: {' '.join(answer.leaked)}")
+    if not answer.text:
+        found.append("no answer" + (" after the reasoning" if answer.reasoning else ""))
+    if not answer.stopped:
+        found.append(f"cut off after {answer.tokens} tokens")
+    if (answer.scores["repetition"] or 0) > 0.5:
+        found.append("repeats itself")
+    return found
+
+
+def badness(answer: Answer) -> tuple[float, ...]:
+    """Sort key: larger is worse."""
+    by_severity = [sum(v["severity"] == severity for v in answer.violations) for severity in SEVERITIES]
+    coverage = [answer.scores[name] for name in ("term coverage", "association coverage")]
+    missed = sum(1 - value for value in coverage if value is not None)
+    broken = bool(answer.leaked) + (not answer.stopped) + (not answer.text)
+    return (*by_severity, broken, missed, 1 - (answer.scores["exact match"] or 0), answer.scores["repetition"] or 0)
+
+
+def _by_severity(violations: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    return sorted(violations, key=lambda violation: SEVERITIES.index(violation["severity"]))

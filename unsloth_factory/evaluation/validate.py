@@ -1,0 +1,227 @@
+"""Base and tuned model side by side on held-out samples, from one load."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from unsloth_factory.config.errors import UserError
+from unsloth_factory.data.template import ChatTemplate
+from unsloth_factory.evaluation.answers import BINARY, DIRECTIONS, Answer, Sample, badness, problems, read_answer
+from unsloth_factory.evaluation.averages import compare, mean_metric, normal_p
+from unsloth_factory.evaluation.report import Comparison, EvalReport, Metric
+from unsloth_factory.inference.generate import Progress, generate
+from unsloth_factory.inference.sampling import GREEDY, Sampling
+from unsloth_factory.knowledge import DomainPack
+from unsloth_factory.model.loaded import LoadedModel
+from unsloth_factory.scoring import mcnemar
+
+WORST = 5
+"""Samples shown with their problems."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Questions:
+    """What is asked, and how."""
+
+    samples: Sequence[Sample]
+    template: ChatTemplate
+    thinking: bool | None = None
+    """Mode of the prompts, as trained."""
+    pack: DomainPack | None = None
+    max_new_tokens: int = 512
+    sampling: Sampling = GREEDY
+    batch_size: int = 8
+
+
+@dataclass(frozen=True)
+class ValidationResult:
+    """The report, and one record a sample with both answers."""
+
+    report: EvalReport
+    records: list[dict[str, Any]]
+
+
+def validate(
+    loaded: LoadedModel,
+    questions: Questions,
+    variants: Sequence[str],
+    *,
+    model: dict[str, Any] | None = None,
+    on_progress: Progress | None = None,
+) -> ValidationResult:
+    """Answer every sample with each variant, score the answers and compare.
+
+    Args:
+        loaded: The model; "base" answers with its adapter switched off.
+        questions: Samples, template, thinking mode, domain pack and generation settings.
+        variants: ("base", "tuned") or one of them.
+        model: Path, adapter, engine and so on, for the report.
+        on_progress: Called with (answers done, all), over all variants.
+
+    Raises:
+        UserError: There is no sample to answer.
+    """
+    prompts = [questions.template.encode_prompt(sample.prompt, questions.thinking) for sample in questions.samples]
+    fitting = [i for i, prompt in enumerate(prompts) if len(prompt) < loaded.max_positions]
+    if not fitting:
+        raise UserError(
+            f"No validation sample fits the model's context of {loaded.max_positions} tokens."
+            if prompts
+            else "There is no validation sample with an answer to compare with. Give some with --dataset."
+        )
+    samples = [questions.samples[i] for i in fitting]
+    answers: dict[str, list[Answer]] = {}
+    for number, variant in enumerate(variants):
+        progress = _shifted(on_progress, number, len(variants), len(samples))
+        answers[variant] = _answers(loaded, variant, [prompts[i] for i in fitting], samples, questions, progress)
+    notes = []
+    if len(fitting) < len(prompts):
+        notes.append(f"{len(prompts) - len(fitting)} samples were left out: longer than the model's context.")
+    return ValidationResult(_report(questions, samples, answers, notes, dict(model or {})), _records(samples, answers))
+
+
+def _answers(
+    loaded: LoadedModel,
+    variant: str,
+    prompts: Sequence[list[int]],
+    samples: Sequence[Sample],
+    questions: Questions,
+    on_progress: Progress | None,
+) -> list[Answer]:
+    settings = {
+        "stop_ids": questions.template.stop_ids,
+        "max_new_tokens": questions.max_new_tokens,
+        "sampling": questions.sampling,
+        "batch_size": questions.batch_size,
+        "on_progress": on_progress,
+    }
+    if variant == "base":
+        with loaded.adapter_disabled():
+            made = generate(loaded, prompts, **settings)
+    else:
+        made = generate(loaded, prompts, **settings)
+    return [
+        read_answer(generation, sample, questions.template, questions.thinking, questions.pack)
+        for generation, sample in zip(made, samples, strict=True)
+    ]
+
+
+def _shifted(on_progress: Progress | None, number: int, variants: int, samples: int) -> Progress | None:
+    if on_progress is None:
+        return None
+    return lambda done, _: on_progress(number * samples + done, variants * samples)
+
+
+def _report(
+    questions: Questions,
+    samples: Sequence[Sample],
+    answers: Mapping[str, list[Answer]],
+    notes: list[str],
+    model: dict[str, Any],
+) -> EvalReport:
+    columns = {variant: _columns(given) for variant, given in answers.items()}
+    return EvalReport(
+        task="validation",
+        model=model,
+        settings={
+            "thinking": questions.thinking,
+            "domain": questions.pack.name if questions.pack else None,
+            "max_new_tokens": questions.max_new_tokens,
+            "temperature": questions.sampling.temperature,
+            "chat_template_sha256": questions.template.sha256,
+        },
+        n=len(samples),
+        metrics={variant: _metrics(values) for variant, values in columns.items()},
+        comparisons=_comparisons(columns["base"], columns["tuned"]) if {"base", "tuned"} <= columns.keys() else {},
+        headline="exact match",
+        notes=tuple(notes),
+        details={
+            "rules_broken": {variant: _rules(given) for variant, given in answers.items()},
+            "worst": list(_worst(samples, answers)),
+        },
+    )
+
+
+def _columns(answers: Sequence[Answer]) -> dict[str, np.ndarray]:
+    """Metric -> one value an answer, NaN where it does not apply."""
+    return {
+        name: np.array([np.nan if a.scores[name] is None else a.scores[name] for a in answers], dtype=float)
+        for name in DIRECTIONS
+    }
+
+
+def _metrics(columns: Mapping[str, np.ndarray]) -> dict[str, Metric]:
+    metrics = {}
+    for name, values in columns.items():
+        mean = mean_metric(values[~np.isnan(values)])
+        metrics[name] = Metric(mean.value, mean.standard_error, mean.n, DIRECTIONS[name])
+    return metrics
+
+
+def _comparisons(base: Mapping[str, np.ndarray], tuned: Mapping[str, np.ndarray]) -> dict[str, Comparison]:
+    """Paired: only samples for which both have a value; McNemar's exact test for the 0/1 metrics."""
+    comparisons = {}
+    for name, better in DIRECTIONS.items():
+        both = ~np.isnan(base[name]) & ~np.isnan(tuned[name])
+        if not both.any():
+            continue
+        before, after = base[name][both], tuned[name][both]
+        difference = mean_metric(after - before)
+        p_value = normal_p(difference.value, difference.standard_error)
+        if name in BINARY:
+            p_value = mcnemar(int((after < before).sum()), int((after > before).sum()))
+        comparisons[name] = compare(
+            float(before.mean()), float(after.mean()), difference.standard_error, p_value, better
+        )
+    return comparisons
+
+
+def _rules(answers: Sequence[Answer]) -> dict[str, int]:
+    """Rule -> answers that break it."""
+    counts: dict[str, int] = {}
+    for answer in answers:
+        for rule in {violation["rule_id"] for violation in answer.violations}:
+            counts[rule] = counts.get(rule, 0) + 1
+    return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
+
+
+def _worst(samples: Sequence[Sample], answers: Mapping[str, list[Answer]]) -> Iterator[dict[str, Any]]:
+    """The worst answers of the tuned model (or of the only one), beside the others."""
+    judged = answers.get("tuned") or next(iter(answers.values()))
+    order = sorted(range(len(samples)), key=lambda i: badness(judged[i]), reverse=True)
+    for i in order[:WORST]:
+        yield {
+            "source": samples[i].source,
+            "question": samples[i].question,
+            "reference": samples[i].reference,
+            "problems": problems(judged[i]),
+            **{variant: given[i].text for variant, given in answers.items()},
+        }
+
+
+def _records(samples: Sequence[Sample], answers: Mapping[str, list[Answer]]) -> list[dict[str, Any]]:
+    return [
+        {
+            "source": sample.source,
+            "question": sample.question,
+            "reference": sample.reference,
+            **{variant: _record(given[i]) for variant, given in answers.items()},
+        }
+        for i, sample in enumerate(samples)
+    ]
+
+
+def _record(answer: Answer) -> dict[str, Any]:
+    return {
+        "answer": answer.text,
+        "reasoning": answer.reasoning,
+        "stopped": answer.stopped,
+        "tokens": answer.tokens,
+        "leaked": list(answer.leaked),
+        "violations": list(answer.violations),
+        "scores": answer.scores,
+    }
