@@ -62,7 +62,7 @@ def _engine(
     """(template, answers, context length) of the loaded model or of the GGUF file."""
     limit = config.generation.max_new_tokens
     if config.gguf is None:
-        loaded, template = load_source(resolved, console)
+        loaded, template = load_source(resolved, _aside(console))
 
         def answer(prompt: list[int]) -> Iterator[StreamEvent]:
             return stream(loaded, prompt, stop_ids=template.stop_ids, max_new_tokens=limit, sampling=_sampling(config))
@@ -130,9 +130,14 @@ def talk(session: ChatSession, console: Console) -> None:
             return
         if message == CLEAR:
             session.clear()
-            console.print("(the conversation is forgotten)", style="dim", highlight=False)
+            _aside(console).print("(the conversation is forgotten)", style="dim", highlight=False)
         elif message:
             _answer(session, message, console)
+
+
+def _aside(console: Console) -> Console:
+    """Where everything but answers goes: without a terminal to stderr, so that stdout holds answers alone."""
+    return console if console.is_terminal else Console(stderr=True)
 
 
 def _interactive(console: Console) -> bool:
@@ -156,8 +161,8 @@ def _messages(console: Console) -> Iterator[str]:
 
 
 def _answer(session: ChatSession, message: str, console: Console) -> None:
-    """Print one answer as it comes. Without a terminal the reasoning goes to stderr: stdout holds answers alone."""
-    aside = console if console.is_terminal else Console(stderr=True, color_system=None)
+    """Print one answer as it comes."""
+    aside = _aside(console)
     previous = None
     try:
         with closing(session.ask(message)) as answer:

@@ -13,7 +13,8 @@ from typing import Any
 from rich.console import Console
 
 from unsloth_factory.config.commands import DpoConfig, SftConfig
-from unsloth_factory.config.errors import UsageError
+from unsloth_factory.config.errors import UsageError, UserError
+from unsloth_factory.config.settings import DataSettings
 from unsloth_factory.data.encode import encode_pairs, encode_samples
 from unsloth_factory.data.load import load_conversations, load_pairs
 from unsloth_factory.data.split import split_validation
@@ -143,11 +144,24 @@ def _encode(
     conversations = [_conversation(item) for item in held_out]
     return Prepared(
         train_items=encode(items, template, length, policy, report),
-        eval_items=encode(held_out, template, length, policy, DataReport()) if held_out else [],
+        eval_items=_encode_held_out(encode, held_out, template, config.data, report),
         held_out=conversations,
         thinking=thinking_mode([_conversation(item) for item in items], template),
         report=report,
     )
+
+
+def _encode_held_out(
+    encode: Any, held_out: list[Any], template: ChatTemplate, data: DataSettings, report: DataReport
+) -> list[Any]:
+    """Token rows of the held-out items; that all of them are too long must not end the training."""
+    if not held_out:
+        return []
+    try:
+        return encode(held_out, template, data.max_seq_length, data.long_samples, DataReport())
+    except UserError as error:
+        report.notes[f"held-out samples without an evaluation loss: {error}"] = len(held_out)
+        return []
 
 
 def _conversation(item: Conversation | PreferencePair) -> Conversation:

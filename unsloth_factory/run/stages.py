@@ -1,4 +1,4 @@
-"""The stage cache of a plan: a stage whose inputs are unchanged, and whose outputs are still there, is not run again."""
+"""The stage cache of a plan: a stage with unchanged inputs whose outputs are still there is not run again."""
 
 from __future__ import annotations
 
