@@ -1,0 +1,172 @@
+"""GGUF file -> smaller GGUF files, by llama.cpp's quantiser, with what it really did read back."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Sequence
+from difflib import get_close_matches
+from importlib.util import find_spec
+from pathlib import Path
+
+from unsloth_factory.config.errors import UsageError, UserError
+from unsloth_factory.export.progress import say
+from unsloth_factory.export.result import ExportResult
+from unsloth_factory.export.sums import verify_file, write_folder_sums
+from unsloth_factory.inference.child import ChildProcess, child_environment
+from unsloth_factory.inference.gguf_header import TENSOR_TYPES, GgufHeader, read_header
+from unsloth_factory.inference.llama_cpp import INSTALL_HINT
+from unsloth_factory.run.atomic import partial, publish_file, require_free_space
+
+# llama_ftype numbers of llama.cpp's public header, and the bits per weight they come to (for the free-space check).
+FILE_TYPES = {
+    "f32": (0, 32.0), "f16": (1, 16.0), "bf16": (32, 16.0), "q8_0": (7, 8.5), "q6_k": (18, 6.6), "q5_k_m": (17, 5.7),
+    "q5_k_s": (16, 5.6), "q5_1": (9, 6.0), "q5_0": (8, 5.6), "q4_k_m": (15, 4.9), "q4_k_s": (14, 4.7), "q4_1": (3, 5.1),
+    "q4_0": (2, 4.7), "iq4_nl": (25, 4.7), "iq4_xs": (30, 4.4), "q3_k_l": (13, 4.3), "q3_k_m": (12, 4.0),
+    "q3_k_s": (11, 3.7), "iq3_m": (27, 3.8), "iq3_s": (26, 3.6), "q2_k": (10, 3.4),
+}  # fmt: skip
+NEED_IMPORTANCE_MATRIX = ("iq1_m", "iq1_s", "iq2_m", "iq2_s", "iq2_xs", "iq2_xxs", "iq3_xs", "iq3_xxs", "q2_k_s")
+SOURCE_TYPES = {"F32", "F16", "BF16"}
+# Types whose blocks are whole rows of 256 values, and what the main weights of each file type should be.
+MAIN_TYPES = {
+    "q8_0": "Q8_0", "q6_k": "Q6_K", "q5_k_m": "Q5_K", "q5_k_s": "Q5_K", "q5_1": "Q5_1", "q5_0": "Q5_0", "q4_k_m": "Q4_K",
+    "q4_k_s": "Q4_K", "q4_1": "Q4_1", "q4_0": "Q4_0", "iq4_nl": "IQ4_NL", "iq4_xs": "IQ4_XS", "q3_k_l": "Q3_K",
+    "q3_k_m": "Q3_K", "q3_k_s": "Q3_K", "q2_k": "Q2_K", "iq3_s": "IQ3_S", "iq3_m": "IQ3_S",
+    "f16": "F16", "bf16": "BF16", "f32": "F32",
+}  # fmt: skip
+TIMEOUT = 4 * 3600.0
+
+
+def parse_types(text: str) -> list[str]:
+    """Type names of `--types q4_0,q4_k_m`.
+
+    Raises:
+        UsageError: An unknown type (with the nearest name), or one that needs an importance matrix.
+    """
+    names = list(dict.fromkeys(name.strip().lower() for name in text.split(",") if name.strip()))
+    if not names:
+        raise UsageError("--types is empty. Give one or more by commas, such as q4_k_m,q8_0.")
+    for name in names:
+        if name in NEED_IMPORTANCE_MATRIX:
+            raise UsageError(
+                f"--types {name}: below 3 bits llama.cpp needs an importance matrix, which is not made here. "
+                "Use q3_k_m or q2_k, or llama-quantize --imatrix by hand."
+            )
+        if name not in FILE_TYPES:
+            near = get_close_matches(name, FILE_TYPES, n=1)
+            hint = f"Did you mean {near[0]}? " if near else ""
+            raise UsageError(f"--types {name}: unknown. {hint}Known: {', '.join(FILE_TYPES)}.")
+    return names
+
+
+def quantize(source: Path, folder: Path, types: Sequence[str], *, threads: int | None = None) -> list[ExportResult]:
+    """Write one file per type.
+
+    Args:
+        source: GGUF file in 32 or 16 bits; checked against the SHA256SUMS beside it.
+        folder: Where the files go; names are the source's with its type replaced.
+        types: Checked names (`parse_types`).
+        threads: CPU threads; default all.
+
+    Returns:
+        One result per type; figures: types (tensor type -> count), fallbacks (tensors stored in another type than asked
+        for, because their rows are no multiple of the block), bits_per_weight.
+
+    Raises:
+        UserError: The source is damaged or already quantised, the disk is full, or the quantiser fails or crashes.
+    """
+    header = read_header(source)
+    _refuse_quantized(source, header)
+    weights = sum(_elements(tensor.shape) for tensor in header.tensors)
+    # One file at a time needs room, but a run that ends half way because of the next one helps nobody.
+    needed = sum(int(weights * FILE_TYPES[name][1] / 8 * 1.05) + 2**24 for name in types)
+    require_free_space(folder, needed, f"quantising to {', '.join(types)}")
+    verify_file(source)
+    folder.mkdir(parents=True, exist_ok=True)
+    return [_quantize_one(source, header, folder / quantized_name(source, name), name, threads) for name in types]
+
+
+def quantized_name(source: Path, type_name: str) -> str:
+    """NAME-q4_k_m.gguf of NAME-f16.gguf."""
+    stem = source.stem
+    for name in ("f16", "bf16", "f32"):
+        stem = stem.removesuffix(f"-{name}")
+    return f"{stem}-{type_name}.gguf"
+
+
+def _elements(shape: tuple[int, ...]) -> int:
+    count = 1
+    for dimension in shape:
+        count *= dimension
+    return count
+
+
+def _refuse_quantized(source: Path, header: GgufHeader) -> None:
+    found = sorted(set(header.type_counts()) - SOURCE_TYPES)
+    if found:
+        raise UserError(
+            f"{source} holds {', '.join(found)} tensors: it is quantised already, and quantising again would add a second "
+            "rounding. Give the f16 or bf16 file (uf gguf)."
+        )
+
+
+def _quantize_one(source: Path, before: GgufHeader, target: Path, name: str, threads: int | None) -> ExportResult:
+    started = time.monotonic()
+    if target.resolve() == source.resolve():
+        raise UserError(f"{target}: quantising to {name} would overwrite the source. Give another --output folder.")
+    temporary = partial(target)
+    try:
+        _run_quantizer(source, temporary, name, threads or os.cpu_count() or 1)
+        after = read_header(temporary)
+        if {t.name for t in after.tensors} != {t.name for t in before.tensors}:
+            raise UserError(f"{target}: llama.cpp wrote other tensors than the source has. Nothing was kept.")
+        publish_file(temporary, target)
+    except OSError as error:
+        raise UserError(f"{target} cannot be written: {error.strerror or error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    write_folder_sums(target.parent, [target.name])
+    fallbacks = find_fallbacks(after, name)
+    size = target.stat().st_size
+    weights = sum(_elements(tensor.shape) for tensor in after.tensors)
+    figures = {"type": name, "types": after.type_counts(), "fallbacks": fallbacks, "bits_per_weight": 8 * size / weights}
+    say(f"{target.name}: {size / 2**20:.1f} MiB, " + ", ".join(f"{n} x {kind}" for kind, n in figures["types"].items()))
+    if fallbacks:
+        example = next(iter(fallbacks))
+        say(
+            f"[yellow]{len(fallbacks)} tensors are stored in another type than {name} asks for, because their rows are no "
+            f"multiple of its blocks: {example} as {fallbacks[example]} ...[/yellow]"
+        )
+    return ExportResult(target, size, time.monotonic() - started, figures)
+
+
+def find_fallbacks(header: GgufHeader, name: str) -> dict[str, str]:
+    """Tensor -> stored type, for matrices whose rows do not fit the block of the type asked for.
+
+    llama.cpp then takes another type without a word (q6_k: 14 of 16 tensors as Q8_0 at a row length of 128).
+    """
+    block = next(block for kind, block, _ in TENSOR_TYPES.values() if kind == MAIN_TYPES[name])
+    return {
+        tensor.name: tensor.type_name
+        for tensor in header.tensors
+        if len(tensor.shape) > 1 and tensor.shape[0] % block and tensor.type_name not in (MAIN_TYPES[name], "F32")
+    }
+
+
+def _run_quantizer(source: Path, temporary: Path, name: str, threads: int) -> None:
+    """cyllama in a child process, else `llama-quantize` when it is on the path."""
+    if find_spec("cyllama") is not None:
+        with ChildProcess("unsloth_factory.export.quantize_child", f"quantising to {name}") as child:
+            request = {"op": "quantize", "source": str(source.resolve()), "target": str(temporary.resolve())}
+            child.call(request | {"ftype": FILE_TYPES[name][0], "threads": threads}, timeout=TIMEOUT)
+        return
+    program = shutil.which("llama-quantize")
+    if program is None:
+        raise UserError(f"quantising needs cyllama or llama-quantize, and neither is installed. {INSTALL_HINT}")
+    command = [program, str(source.resolve()), str(temporary.resolve()), name.upper(), str(threads)]
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace", env=child_environment(), timeout=TIMEOUT)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no output"])[-1]
+        raise UserError(f"{program} failed with exit code {done.returncode}: {last}")
