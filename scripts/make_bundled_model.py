@@ -85,8 +85,8 @@ def build_parser() -> argparse.ArgumentParser:
     for command in (tokenizer, training):
         command.add_argument("--extra_text", type=Path, default=None, help="folder of permissively licensed chat sets")
     training.add_argument("--documents", type=int, default=1_400_000, help="documents of the corpus")
-    training.add_argument("--steps", type=int, default=2600, help="optimizer steps")
-    training.add_argument("--batch_rows", type=int, default=160, help="rows of 512 tokens in a step")
+    training.add_argument("--steps", type=int, default=4000, help="optimizer steps")
+    training.add_argument("--batch_rows", type=int, default=96, help="rows of 512 tokens in a step")
     training.add_argument("--max_seconds", type=float, default=200, help="the schedule ends by then at the latest")
     training.add_argument("--learning_rate", type=float, default=3e-3)
     training.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that make the corpus")

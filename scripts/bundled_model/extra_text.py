@@ -139,7 +139,7 @@ def read_packs(folder: Path) -> list[Dialogue]:
     dialogues = []
     for path in sorted(folder.glob("*.yaml")):
         try:
-            pack = yaml.safe_load(path.read_text(encoding="utf-8"))
+            pack = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
         except yaml.YAMLError as error:
             print(f"  {path.name}: skipped, {error}", flush=True)
             continue
