@@ -101,7 +101,9 @@ def toy_task(tmp_path):
     (tmp_path / "val").mkdir()
     header = "nr,stem,A,B,C,key\n"
     (tmp_path / "dev/salt.csv").write_text(header + "0,盐多吗？,多,少,无,B\n", encoding="utf-8")
-    (tmp_path / "val/salt.csv").write_text(header + "0,血压高？,多盐,低盐,糖,B\n1,发热？,水,酒,盐,A\n", encoding="utf-8")
+    (tmp_path / "val/salt.csv").write_text(
+        header + "0,血压高？,多盐,低盐,糖,B\n1,发热？,水,酒,盐,A\n", encoding="utf-8"
+    )
     task = tmp_path / "toy.yaml"
     task.write_text(
         "title: Toy\nlayout: '{split}/{subject}.csv'\nletters: [A, B, C]\nfolder: .\n"
@@ -175,13 +177,14 @@ def talk_to(config: ChatConfig, text: str, monkeypatch, capsys) -> tuple[str, st
 
 def test_chat_in_a_pipe_answers_line_by_line(run_folder, monkeypatch, capsys):
     config = ChatConfig(source=FinishedRun(run=str(run_folder.path)), generation=SHORT)
-    once = talk_to(config, "你好\n", monkeypatch, capsys).out
-    twice = talk_to(config, "你好\nclear\n\n你好\nexit\n再见\n", monkeypatch, capsys).out
-    assert len(once.splitlines()) >= 2
-    answer = once.split("\n", 2)[2] if "engine" in once else once
+    answer, aside = talk_to(config, "你好\n", monkeypatch, capsys)
     assert answer.strip()
-    assert twice.count(answer.strip()) == 2
-    assert "the conversation is forgotten" in twice
+    assert "engine standard" in aside
+    out, err = talk_to(config, "你好\nclear\n\n你好\nexit\n再见\n", monkeypatch, capsys)
+    assert out == 2 * answer
+    assert "the conversation is forgotten" in err
+    config = ChatConfig(source=config.source, generation=SHORT, no_context=True)
+    assert talk_to(config, "你好\n你好\n", monkeypatch, capsys).out == 2 * answer
 
 
 def test_chat_shows_thinking_apart_and_goes_on_after_an_interruption(monkeypatch, capsys):
@@ -243,7 +246,7 @@ def test_explicit_flags_win_over_the_run(run_folder, random_model_dir, tmp_path)
     assert (given.settings.model, given.settings.adapter, given.settings.chat_template) == ("tiny", "mine", "chatml")
     with pytest.raises(UsageError, match="Give --run FOLDER of a training, or --model"):
         resolve_source(FinishedRun(), ModelSettings())
-    with pytest.raises(UserError, match="is not a run folder"):
+    with pytest.raises(UserError, match="not a run folder"):
         resolve_source(FinishedRun(run=str(tmp_path)), ModelSettings())
 
 

@@ -27,7 +27,7 @@ class ResolvedModel:
     """Model, adapter and chat template filled in."""
     folder: RunFolder | None = None
     manifest: RunManifest | None = None
-    quantization_bit: Literal[4] | None = None
+    quantization_bit: int | None = None
     thinking: bool | None = None
     """enable_thinking of the training prompts; None for unset."""
     domain: str | None = None
@@ -60,9 +60,7 @@ class ResolvedModel:
         }
 
 
-def resolve_source(
-    source: FinishedRun, model: ModelSettings, *, quantization_bit: Literal[4] | None = None
-) -> ResolvedModel:
+def resolve_source(source: FinishedRun, model: ModelSettings, *, quantization_bit: int | None = None) -> ResolvedModel:
     """Read the run and let explicit flags win over it.
 
     With `--run` the model is the run's base with its final adapter (its final model after full or freeze training).

@@ -61,4 +61,6 @@ def _samples(config: ValidateConfig, resolved: ResolvedModel, pack: DomainPack |
         conversations = read_validation_split(resolved.folder.validation_split)
     else:
         raise UsageError("Validate on what? Give --dataset, or --run of a training that held samples out.")
-    return samples_of(conversations, system_prompt(resolved, config.data.system, config.data.domain))[: config.max_samples]
+    return samples_of(conversations, system_prompt(resolved, config.data.system, config.data.domain))[
+        : config.max_samples
+    ]

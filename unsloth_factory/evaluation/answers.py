@@ -11,7 +11,14 @@ from unsloth_factory.data.types import Conversation, Turn
 from unsloth_factory.evaluation.report import Direction
 from unsloth_factory.inference.generate import Generation
 from unsloth_factory.knowledge import DomainPack
-from unsloth_factory.scoring import association_coverage, exact_match, repetition, rule_violations, term_coverage
+from unsloth_factory.scoring import (
+    association_coverage,
+    control_token_leak,
+    exact_match,
+    repetition_loop,
+    rule_violations,
+    term_coverage,
+)
 
 SEVERITIES = ("critical", "major", "minor")
 DIRECTIONS: Mapping[str, Direction] = {
@@ -22,11 +29,11 @@ DIRECTIONS: Mapping[str, Direction] = {
     "control-token leaks": "lower",
     "stopped by itself": "higher",
     "empty answers": "lower",
-    "repetition": "lower",
+    "repetition loops": "lower",
     "answer tokens": "neutral",
 }
 """Every metric of a validation, in the order of the table. Shares are means of 0/1 over the answers."""
-BINARY = ("exact match", "control-token leaks", "stopped by itself", "empty answers")
+BINARY = ("exact match", "control-token leaks", "stopped by itself", "empty answers", "repetition loops")
 
 
 @dataclass(frozen=True)
@@ -53,6 +60,8 @@ class Answer:
     """Control tokens in it."""
     stopped: bool
     tokens: int
+    loop: str | None
+    """Text that it repeats again and again."""
     violations: tuple[dict[str, Any], ...]
     """rule_id, severity, sentence and the matched words."""
     scores: dict[str, float | None]
@@ -82,15 +91,18 @@ def read_answer(
 ) -> Answer:
     """Decode and score one generation."""
     reasoning, text, leaked = template.decode_answer(generation.ids, thinking)
+    # Those that were generated as tokens, and those that were spelt out of ordinary ones.
+    leaked += control_token_leak(text, template.control_tokens)
+    loop = repetition_loop(text)
     violations = [asdict(v) for v in rule_violations(text, pack, sample.question)] if pack else []
     scores: dict[str, float | None] = {
         "exact match": float(exact_match(text, sample.reference)),
-        "term coverage": term_coverage(text, sample.reference, pack) if pack else None,
-        "association coverage": association_coverage(sample.question, text, pack) if pack else None,
+        "term coverage": term_coverage(text, sample.reference, pack).share if pack else None,
+        "association coverage": association_coverage(sample.question, text, pack).share if pack else None,
         "control-token leaks": float(bool(leaked)),
         "stopped by itself": float(generation.stopped),
         "empty answers": float(not text),
-        "repetition": repetition(text),
+        "repetition loops": float(loop is not None),
         "answer tokens": float(len(generation.ids)),
     }
     for severity in SEVERITIES:
@@ -102,6 +114,7 @@ def read_answer(
         leaked=tuple(leaked),
         stopped=generation.stopped,
         tokens=len(generation.ids),
+        loop=loop.unit if loop else None,
         violations=tuple(violations),
         scores={name: scores[name] for name in DIRECTIONS},
     )
@@ -116,8 +129,8 @@ def problems(answer: Answer) -> list[str]:
         found.append("no answer" + (" after the reasoning" if answer.reasoning else ""))
     if not answer.stopped:
         found.append(f"cut off after {answer.tokens} tokens")
-    if (answer.scores["repetition"] or 0) > 0.5:
-        found.append("repeats itself")
+    if answer.loop:
+        found.append(f"repeats {answer.loop!r}")
     return found
 
 
@@ -126,8 +139,8 @@ def badness(answer: Answer) -> tuple[float, ...]:
     by_severity = [sum(v["severity"] == severity for v in answer.violations) for severity in SEVERITIES]
     coverage = [answer.scores[name] for name in ("term coverage", "association coverage")]
     missed = sum(1 - value for value in coverage if value is not None)
-    broken = bool(answer.leaked) + (not answer.stopped) + (not answer.text)
-    return (*by_severity, broken, missed, 1 - (answer.scores["exact match"] or 0), answer.scores["repetition"] or 0)
+    broken = bool(answer.leaked) + (not answer.stopped) + (not answer.text) + bool(answer.loop)
+    return (*by_severity, broken, missed, 1 - (answer.scores["exact match"] or 0))
 
 
 def _by_severity(violations: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

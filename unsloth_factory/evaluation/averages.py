@@ -10,9 +10,10 @@ import numpy as np
 
 from unsloth_factory.evaluation.benchmark import Subject
 from unsloth_factory.evaluation.report import Comparison, Metric, Verdict
+from unsloth_factory.scoring import macro_standard_error, mcnemar
+from unsloth_factory.scoring.significance import ALPHA, Z_95
 
 MACRO, MICRO, HARD = "macro accuracy", "micro accuracy", "hard"
-Z_95 = 1.959964
 
 
 def mean_metric(values: Sequence[float] | np.ndarray) -> Metric:
@@ -26,7 +27,7 @@ def mean_metric(values: Sequence[float] | np.ndarray) -> Metric:
 def macro_metric(parts: Sequence[Metric]) -> Metric:
     """Mean of the subjects' means; the errors of independent subjects add in squares."""
     count = len(parts)
-    error = math.sqrt(sum(part.standard_error**2 for part in parts)) / count
+    error = macro_standard_error([part.standard_error for part in parts])
     return Metric(sum(part.value for part in parts) / count, error, sum(part.n for part in parts))
 
 
@@ -65,7 +66,7 @@ def compare_accuracies(
     for name, difference in paired.items():
         p_value = normal_p(difference.value, difference.standard_error)
         if name == MICRO:
-            p_value = mcnemar_p(discordant[-1.0], discordant[1.0])
+            p_value = mcnemar(discordant[-1.0], discordant[1.0])
         comparisons[name] = compare(before[name].value, after[name].value, difference.standard_error, p_value)
     return comparisons
 
@@ -77,7 +78,7 @@ def compare(base: float, tuned: float, error: float, p_value: float | None, bett
     """
     delta = tuned - base
     interval = (delta - Z_95 * error, delta + Z_95 * error)
-    beyond = delta != 0 and not interval[0] <= 0 <= interval[1] and (p_value is None or p_value < 0.05)
+    beyond = delta != 0 and not interval[0] <= 0 <= interval[1] and (p_value is None or p_value < ALPHA)
     verdict: Verdict = "no difference beyond the error"
     if better == "neutral":
         verdict = ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,18 +93,16 @@ def _answers(
     questions: Questions,
     on_progress: Progress | None,
 ) -> list[Answer]:
-    settings = {
-        "stop_ids": questions.template.stop_ids,
-        "max_new_tokens": questions.max_new_tokens,
-        "sampling": questions.sampling,
-        "batch_size": questions.batch_size,
-        "on_progress": on_progress,
-    }
-    if variant == "base":
-        with loaded.adapter_disabled():
-            made = generate(loaded, prompts, **settings)
-    else:
-        made = generate(loaded, prompts, **settings)
+    with loaded.adapter_disabled() if variant == "base" else nullcontext():
+        made = generate(
+            loaded,
+            prompts,
+            stop_ids=questions.template.stop_ids,
+            max_new_tokens=questions.max_new_tokens,
+            sampling=questions.sampling,
+            batch_size=questions.batch_size,
+            on_progress=on_progress,
+        )
     return [
         read_answer(generation, sample, questions.template, questions.thinking, questions.pack)
         for generation, sample in zip(made, samples, strict=True)

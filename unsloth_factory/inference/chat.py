@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -44,7 +44,7 @@ class ChatSession:
         """Forget the conversation; the system prompt stays."""
         self.history.clear()
 
-    def ask(self, message: str) -> Iterator[StreamEvent]:
+    def ask(self, message: str) -> Generator[StreamEvent, None, None]:
         """Answer a message as events; first a notice when turns had to be dropped.
 
         The message and what was answered so far enter the history also when the caller stops early.
