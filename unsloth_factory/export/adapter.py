@@ -42,7 +42,7 @@ class Factors:
     transposed: bool
 
     def delta(self) -> torch.Tensor:
-        """s B A in float32, shaped like the base weight."""
+        """S B A in float32, shaped like the base weight."""
         product = (self.b.float() @ self.a.float()) * self.scale
         return product.T if self.transposed else product
 
@@ -127,7 +127,7 @@ class Adapter:
         return Factors(a, b, self._scale(module, a.shape[0]), transposed)
 
     def _scale(self, module: str, rank: int) -> float:
-        """alpha / r, or alpha / sqrt(r); patterns are matched as peft matches them (the whole name or its end)."""
+        """Alpha / r, or alpha / sqrt(r); patterns are matched as peft matches them (the whole name or its end)."""
         alpha = self.config["lora_alpha"]
         for pattern, value in (self.config.get("alpha_pattern") or {}).items():
             if re.match(rf"(.*\.)?({pattern})$", module):

@@ -71,7 +71,9 @@ class BaseTensors:
         return self._weights.entry(name).shape
 
     def tensor(self, name: str) -> torch.Tensor:
-        """The values, on the CPU."""
+        """The values, on the CPU. Raises KeyError for a name that is not stored."""
+        if name not in self:
+            raise KeyError(name)
         return self._weights.tensor(name)
 
     def tied_source(self, name: str) -> str | None:

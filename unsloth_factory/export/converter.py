@@ -31,7 +31,9 @@ def find_converter(llama_cpp: str | None) -> tuple[Path, str]:
     if llama_cpp is not None:
         folder = Path(llama_cpp)
         if not (folder / SCRIPT).is_file() or not (folder / "gguf-py").is_dir():
-            raise UserError(f"--llama_cpp {folder}: no {SCRIPT} and gguf-py there. Give the root of a llama.cpp checkout.")
+            raise UserError(
+                f"--llama_cpp {folder}: no {SCRIPT} and gguf-py there. Give the root of a llama.cpp checkout."
+            )
         return folder.resolve(), str(folder)
     try:
         distribution = metadata.distribution(PACKAGE)

@@ -121,7 +121,9 @@ def _check_values(model: Path, outtype: str) -> None:
         for entry in entries:
             tensor = weights.tensor(entry.name)
             if not is_finite(tensor):
-                raise UserError(f"{model}: {entry.name} holds NaN or infinite values. Merge again: uf merge --overwrite.")
+                raise UserError(
+                    f"{model}: {entry.name} holds NaN or infinite values. Merge again: uf merge --overwrite."
+                )
             if outtype == "f16" and entry.dtype != "F16" and len(entry.shape) > 1:
                 largest = max(float(tensor.max()), -float(tensor.min()))
                 if largest > FLOAT16_MAX:
@@ -155,7 +157,7 @@ def _check(temporary: Path, model: Path, output: Path, options: GgufOptions) -> 
         system=options.system,
         questions=options.questions,
     )
-    figures: dict[str, Any] = {"outtype": options.outtype}
+    figures: dict[str, Any] = {"outtype": options.outtype, "token_parity": False}
     try:
         with LlamaCpp(temporary) as llama:
             check_parity(llama, probe, figures)
@@ -174,7 +176,10 @@ def _record(output: Path, figures: dict[str, Any] | None, *, published: bool = T
     """Put the figures into parity.json, by file name, and renew SHA256SUMS."""
     path = output.parent / PARITY_NAME
     if figures is not None:
-        known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        write_json(path, known | {output.name: figures})
+        known = json.loads(path.read_text(encoding="utf-8"))["files"] if path.is_file() else {}
+        files = {name: entry for name, entry in known.items() if (output.parent / name).is_file()} | {
+            output.name: figures
+        }
+        write_json(path, {"token_parity": all(entry["token_parity"] for entry in files.values()), "files": files})
     names = [output.name] if published else []
     write_folder_sums(output.parent, names + ([PARITY_NAME] if path.is_file() else []))

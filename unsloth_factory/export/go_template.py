@@ -16,7 +16,9 @@ from unsloth_factory.data.template import ChatTemplate
 from unsloth_factory.data.types import Turn
 from unsloth_factory.export.probes import probe_conversations
 
-_SYSTEM, _FIRST, _ANSWER, _SECOND, _REPLY, _THIRD = (f"Marked{word}Text" for word in ("Sys", "One", "Two", "Three", "Four", "Five"))
+_SYSTEM, _FIRST, _ANSWER, _SECOND, _REPLY, _THIRD = (
+    f"Marked{word}Text" for word in ("Sys", "One", "Two", "Three", "Four", "Five")
+)
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,10 @@ only.
 from __future__ import annotations
 
 import gc
+import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,10 +31,10 @@ from unsloth_factory.export.streamed import StreamedModel, kl_divergence
 from unsloth_factory.export.sums import write_folder_sums
 from unsloth_factory.export.validation import validation_loss
 from unsloth_factory.export.weights import OutputTensor, WeightFolder, parse_size, plan_shards, write_shards
-from unsloth_factory.model.finite import is_finite
 from unsloth_factory.model.fingerprint import check_adapter_base, fingerprint, read_adapter_info
+from unsloth_factory.model.finite import is_finite
 from unsloth_factory.model.weight_files import read_json
-from unsloth_factory.run.atomic import partial, publish_folder, require_free_space
+from unsloth_factory.run.atomic import partial, publish_folder, require_free_space, write_json
 
 # Largest KL divergence, in nats, that rounding the merged weights to 16 bits may cost on the fixed prompt.
 KL_LIMITS = {torch.float16: 1e-4, torch.bfloat16: 1e-3}
@@ -41,6 +42,7 @@ PROBE_TEXT = (
     "请问高血压患者平时需要注意什么? What should a patient with diabetes avoid, and why? "
     "1. 低盐饮食; 2. 按时服药; 3. 12.5 mg twice a day. def dose(x): return x / 2"
 )
+FIGURES_NAME = "merge.json"
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -96,6 +98,7 @@ def merge(base: Path, adapter_folder: Path, output: Path, options: MergeOptions)
     with _temporary_folders(output, kinds) as folders:
         figures = {kind: _merge_one(base, adapter, folders[kind], kind, max_bytes, options) for kind in kinds}
         chosen = _better(folders, figures, options)
+        write_json(folders[chosen] / FIGURES_NAME, figures[chosen])
         _write_sums(folders[chosen])
         publish_folder(folders[chosen], output)
     size = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
@@ -128,7 +131,9 @@ def _kinds(base: Path, adapter_folder: Path, options: MergeOptions) -> list[str]
             say("The adapter was trained on the original weights: there is nothing to compare.")
             return [default]
         if options.validation_split is None or not options.validation_split.is_file():
-            raise UserError("--compare_base_weights needs the run's validation_split.jsonl; train with --val_split above 0.")
+            raise UserError(
+                "--compare_base_weights needs the run's validation_split.jsonl; train with --val_split above 0."
+            )
         return ["as_trained", "original"]
     return [default if options.base_weights == "auto" else options.base_weights]
 
@@ -197,7 +202,9 @@ def _output_tensors(tensors: BaseTensors, adapter: Adapter) -> list[OutputTensor
     for name in adapter.changed:
         found = adapter.shape(name)
         if found != shapes[name]:
-            raise UserError(f"{adapter.folder}: its change of {name} is {list(found)}, the base has {list(shapes[name])}.")
+            raise UserError(
+                f"{adapter.folder}: its change of {name} is {list(found)}, the base has {list(shapes[name])}."
+            )
     return [OutputTensor(name, shape) for name, shape in shapes.items()]
 
 
@@ -255,19 +262,17 @@ def merged_tensor(tensors: BaseTensors, adapter: Adapter, name: str, dtype: torc
     return stored
 
 
-def _compare(
-    tensors: BaseTensors, adapter: Adapter, folder: Path, dtype: torch.dtype, figures: dict[str, Any]
-) -> None:
+def _compare(tensors: BaseTensors, adapter: Adapter, folder: Path, dtype: torch.dtype, figures: dict[str, Any]) -> None:
     """Logits of the stored files against those of base and adapter, both computed in float32.
 
     Raises:
         UserError: They differ by more than rounding can explain.
     """
     ids = probe_ids(folder)
-    reference = next(StreamedModel(tensors.folder, reader(tensors), adapter.folder).logits([ids]))
+    reference = next(StreamedModel(tensors.folder, tensors.tensor, adapter.folder).logits([ids]))
     gc.collect()
     with WeightFolder(folder) as stored:
-        merged = next(StreamedModel(folder, reader(stored)).logits([ids]))
+        merged = next(StreamedModel(folder, stored.tensor).logits([ids]))
     figures["max_abs_logit_diff"] = float(np.abs(reference - merged).max())
     figures["kl_max"] = float(kl_divergence(reference, merged).max())
     figures["positions"] = len(ids)
@@ -292,17 +297,6 @@ def probe_ids(folder: Path) -> list[int]:
     return tokenizer(PROBE_TEXT, add_special_tokens=False)["input_ids"][: min(256, limit)]
 
 
-def reader(tensors: BaseTensors | WeightFolder) -> Callable[[str], torch.Tensor]:
-    """`tensors.tensor`, raising KeyError for names that are not stored."""
-
-    def read(name: str) -> torch.Tensor:
-        if name not in tensors:
-            raise KeyError(name)
-        return tensors.tensor(name)
-
-    return read
-
-
 def _better(folders: dict[str, Path], figures: dict[str, dict[str, Any]], options: MergeOptions) -> str:
     """The kind with the lower validation loss; the only one when there is one."""
     if len(folders) == 1:
@@ -318,3 +312,32 @@ def _better(folders: dict[str, Path], figures: dict[str, dict[str, Any]], option
 
 def _write_sums(folder: Path) -> None:
     write_folder_sums(folder, [path.name for path in folder.iterdir() if path.is_file()])
+
+
+def publish_trained(trained: Path, output: Path, *, overwrite: bool = False) -> ExportResult:
+    """A fully trained model has nothing to merge: give its weights, hard-linked, a folder like a merged model's.
+
+    Raises:
+        UserError: The output exists, or cannot be written.
+    """
+    started = time.monotonic()
+    _refuse_existing(output, overwrite)
+    figures: dict[str, Any] = {"base_weights": "trained", "notes": ["trained in full: nothing to merge"]}
+    with _temporary_folders(output, ["trained"]) as folders:
+        folder = folders["trained"]
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        for path in sorted(trained.glob("model*.safetensors*")):
+            try:
+                os.link(path, folder / path.name)
+            except OSError:  # another file system
+                shutil.copyfile(path, folder / path.name)
+        with WeightFolder(trained) as weights:
+            dtype = torch.bfloat16 if weights.entry(weights.names()[0]).dtype == "BF16" else torch.float16
+        figures["dtype"] = str(dtype).removeprefix("torch.")
+        write_companions(trained, folder, dtype, untied=False, chat_template=None)
+        write_json(folder / FIGURES_NAME, figures)
+        _write_sums(folder)
+        publish_folder(folder, output)
+    size = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
+    return ExportResult(output, size, time.monotonic() - started, figures)

@@ -111,7 +111,9 @@ def _block(what: str, text: str) -> str:
         )
     bad = next((c for c in text if unicodedata.category(c) == "Cc" and c not in "\n\t\r" or c == "\ufeff"), None)
     if bad is not None:
-        raise UserError(f"The {what} holds the control character U+{ord(bad):04X}. Remove it, for instance with --system.")
+        raise UserError(
+            f"The {what} holds the control character U+{ord(bad):04X}. Remove it, for instance with --system."
+        )
     return f'"""{text}"""'
 
 

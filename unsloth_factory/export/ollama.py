@@ -52,7 +52,9 @@ class OllamaServer:
         text = host or os.environ.get("OLLAMA_HOST") or "127.0.0.1"
         parts = urlsplit(text if "://" in text else f"http://{text}")
         try:
-            port = parts.port or (443 if parts.scheme == "https" else 80 if "://" in text and not parts.port else DEFAULT_PORT)
+            port = parts.port or (
+                443 if parts.scheme == "https" else 80 if "://" in text and not parts.port else DEFAULT_PORT
+            )
         except ValueError:
             raise UsageError(f"--ollama_host {text}: not an address such as 127.0.0.1:{DEFAULT_PORT}.") from None
         if parts.scheme not in ("http", "https"):

@@ -79,7 +79,8 @@ def _renderable(probe: ParityProbe) -> list[tuple[Turn, ...]]:
 
 def _messages(turns: Sequence[Turn]) -> list[dict[str, Any]]:
     return [
-        {"role": t.role, "content": t.content, **({"reasoning_content": t.reasoning} if t.reasoning else {})} for t in turns
+        {"role": t.role, "content": t.content, **({"reasoning_content": t.reasoning} if t.reasoning else {})}
+        for t in turns
     ]
 
 
@@ -114,10 +115,12 @@ def _chose_trained_mode(found: str, turns: Sequence[Turn], probe: ParityProbe, f
 
 
 def _prompt_message(llama: LlamaCpp, mode: str, expected: str, found: str) -> str:
-    at = next((i for i, (a, b) in enumerate(zip(expected, found, strict=False)) if a != b), min(len(expected), len(found)))
+    at = next(
+        (i for i, (a, b) in enumerate(zip(expected, found, strict=False)) if a != b), min(len(expected), len(found))
+    )
     start = max(0, at - 20)
     advice = (
-        'Left unset, llama.cpp chooses enable_thinking by itself for this template; a client must say it: '
+        "Left unset, llama.cpp chooses enable_thinking by itself for this template; a client must say it: "
         '"chat_template_kwargs": {"enable_thinking": ...}. '
         if mode == "unset"
         else ""
@@ -188,25 +191,25 @@ def _check_answers(
     By induction over the positions a greedy answer is transformers' own exactly when its argmax agrees at each of
     them, so one forward pass with streamed weights replaces a generation that would not fit the memory.
     """
-    prompts = [probe.template.encode_prompt(turns, MODES[probe.thinking]) for turns in (*probe.questions, *conversations[:8])]
+    prompts = [
+        probe.template.encode_prompt(turns, MODES[probe.thinking]) for turns in (*probe.questions, *conversations[:8])
+    ]
     room = min(llama.max_positions, 1024) - ANSWER_TOKENS
     prompts = [ids for ids in prompts if len(ids) <= room]
     answers = [llama.generate(ids, ANSWER_TOKENS, probe.template.stop_ids) for ids in prompts]
     stop = probe.template.stop_ids[0]
-    rows = [[*ids, *answer.ids, *([stop] if answer.stopped else [])] for ids, answer in zip(prompts, answers, strict=True)]
+    rows = [
+        [*ids, *answer.ids, *([stop] if answer.stopped else [])] for ids, answer in zip(prompts, answers, strict=True)
+    ]
     kls, agree, near, wrong = [], [], 0, []
     with WeightFolder(probe.folder) as stored:
-
-        def read(name: str) -> Any:
-            if name not in stored:
-                raise KeyError(name)
-            return stored.tensor(name)
-
-        for number, reference in enumerate(StreamedModel(probe.folder, read).logits(rows)):
+        for number, reference in enumerate(StreamedModel(probe.folder, stored.tensor).logits(rows)):
             found = llama.logits(rows[number])
             kls.append(kl_divergence(reference, found))
             agree.append(reference.argmax(-1) == found[:, : reference.shape[1]].argmax(-1))
-            gap = _greedy_gap(reference, prompts[number], rows[number], answers[number].stopped, probe.template.stop_ids)
+            gap = _greedy_gap(
+                reference, prompts[number], rows[number], answers[number].stopped, probe.template.stop_ids
+            )
             near += 0 < gap <= GREEDY_GAPS.get(probe.outtype, np.inf)
             if gap > GREEDY_GAPS.get(probe.outtype, np.inf):
                 wrong.append(gap)

@@ -47,9 +47,7 @@ def portable_tokenizer_config(config: dict[str, Any]) -> dict[str, Any]:
     return out
 
 
-def write_companions(
-    base: Path, folder: Path, dtype: torch.dtype, *, untied: bool, chat_template: str | None
-) -> None:
+def write_companions(base: Path, folder: Path, dtype: torch.dtype, *, untied: bool, chat_template: str | None) -> None:
     """Write everything but the weights and the model card into `folder`.
 
     Args:

@@ -131,7 +131,12 @@ def _quantize_one(source: Path, before: GgufHeader, target: Path, name: str, thr
     fallbacks = find_fallbacks(after, name)
     size = target.stat().st_size
     weights = sum(_elements(tensor.shape) for tensor in after.tensors)
-    figures = {"type": name, "types": after.type_counts(), "fallbacks": fallbacks, "bits_per_weight": 8 * size / weights}
+    figures = {
+        "type": name,
+        "types": after.type_counts(),
+        "fallbacks": fallbacks,
+        "bits_per_weight": 8 * size / weights,
+    }
     say(f"{target.name}: {size / 2**20:.1f} MiB, " + ", ".join(f"{n} x {kind}" for kind, n in figures["types"].items()))
     if fallbacks:
         example = next(iter(fallbacks))
@@ -156,7 +161,7 @@ def find_fallbacks(header: GgufHeader, name: str) -> dict[str, str]:
 
 
 def _run_quantizer(source: Path, temporary: Path, name: str, threads: int) -> None:
-    """cyllama in a child process, else `llama-quantize` when it is on the path."""
+    """Cyllama in a child process, else `llama-quantize` when it is on the path."""
     if find_spec("cyllama") is not None:
         with ChildProcess("unsloth_factory.export.quantize_child", f"quantising to {name}") as child:
             request = {"op": "quantize", "source": str(source.resolve()), "target": str(temporary.resolve())}
@@ -166,7 +171,9 @@ def _run_quantizer(source: Path, temporary: Path, name: str, threads: int) -> No
     if program is None:
         raise UserError(f"quantising needs cyllama or llama-quantize, and neither is installed. {INSTALL_HINT}")
     command = [program, str(source.resolve()), str(temporary.resolve()), name.upper(), str(threads)]
-    done = subprocess.run(command, capture_output=True, text=True, errors="replace", env=child_environment(), timeout=TIMEOUT)
+    done = subprocess.run(
+        command, capture_output=True, text=True, errors="replace", env=child_environment(), timeout=TIMEOUT
+    )
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no output"])[-1]
         raise UserError(f"{program} failed with exit code {done.returncode}: {last}")

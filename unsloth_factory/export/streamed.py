@@ -94,7 +94,7 @@ class StreamedModel:
 
 
 def _with_adapter(base: Any, adapter: Path) -> Any:
-    """peft's model around the base, in float32; the adapter's own matrices, which are small, are loaded."""
+    """Peft's model around the base, in float32; the adapter's own matrices, which are small, are loaded."""
     from peft import PeftModel
 
     # low_cpu_mem_usage assigns the loaded tensors instead of writing into the placeholders.

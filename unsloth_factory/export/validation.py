@@ -2,32 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
 
 from unsloth_factory.config.errors import UserError
+from unsloth_factory.data.split import read_validation_split
 from unsloth_factory.data.template import ChatTemplate
-from unsloth_factory.data.types import Conversation, TokenSample, Turn
+from unsloth_factory.data.types import TokenSample
 from unsloth_factory.export.streamed import StreamedModel, log_softmax
 from unsloth_factory.export.weights import WeightFolder
 
 TOKEN_BUDGET = 4096  # an 8B model on two CPU cores needs about ten minutes for these
-
-
-def read_conversations(path: Path) -> list[Conversation]:
-    """Conversations of validation_split.jsonl, in its order."""
-    out = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        if not line.strip():
-            continue
-        row = json.loads(line)
-        turns = tuple(
-            Turn(m["role"], m["content"], m.get("reasoning") or m.get("reasoning_content")) for m in row["messages"]
-        )
-        out.append(Conversation(turns, str(row.get("source", f"{path.name}:{number}"))))
-    return out
 
 
 def validation_samples(folder: Path, split: Path, budget: int = TOKEN_BUDGET) -> list[TokenSample]:
@@ -42,7 +28,7 @@ def validation_samples(folder: Path, split: Path, budget: int = TOKEN_BUDGET) ->
     template = ChatTemplate.from_tokenizer(tokenizer)
     samples: list[TokenSample] = []
     used = 0
-    for conversation in read_conversations(split):
+    for conversation in read_validation_split(split):
         for sample in template.encode_conversation(conversation):
             if samples and used + len(sample.ids) > budget:
                 return samples
@@ -56,16 +42,9 @@ def validation_samples(folder: Path, split: Path, budget: int = TOKEN_BUDGET) ->
 def validation_loss(folder: Path, split: Path) -> float:
     """Mean negative log-likelihood per trained token, nats, of a stored model (float32)."""
     samples = validation_samples(folder, split)
-
     total, count = 0.0, 0
     with WeightFolder(folder) as stored:
-
-        def read(name: str):
-            if name not in stored:
-                raise KeyError(name)
-            return stored.tensor(name)
-
-        model = StreamedModel(folder, read)
+        model = StreamedModel(folder, stored.tensor)
         for sample, logits in zip(samples, model.logits([list(s.ids) for s in samples]), strict=True):
             targets = np.flatnonzero(sample.trained[1:]) + 1
             log_probabilities = log_softmax(logits[targets - 1])

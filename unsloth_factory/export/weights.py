@@ -53,7 +53,7 @@ class WeightFolder:
         return self._entries[name][1]
 
     def tensor(self, name: str) -> torch.Tensor:
-        """Read one tensor as stored."""
+        """Read one tensor as stored. Raises KeyError for a name that is not."""
         path = self._entries[name][0]
         if path not in self._open:
             self._open[path] = self._stack.enter_context(safe_open(path, framework="pt"))

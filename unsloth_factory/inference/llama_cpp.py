@@ -61,7 +61,9 @@ class LlamaCpp:
             request = {"op": operation, "path": str(self.path.resolve()), "threads": self._threads}
             self._opened, _ = child.call(request, timeout=self._timeout)
         except UserError as error:
-            reason = next((line for line in child.log_tail(40).splitlines() if "error" in line or "invalid" in line), "")
+            reason = next(
+                (line for line in child.log_tail(40).splitlines() if "error" in line or "invalid" in line), ""
+            )
             child.close()
             raise UserError(f"{error} {reason}".strip()) from None
         except BaseException:
