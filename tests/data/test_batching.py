@@ -45,7 +45,9 @@ def test_micro_batch_size_does_not_change_the_step():
         assert sum(wide.step(k), []) == sum(narrow.step(k), [])
 
 
-@pytest.mark.parametrize(("epochs", "max_steps", "total"), [(0.5, None, 5), (0.1, None, 1), (1.25, None, 13), (9, 4, 4)])
+@pytest.mark.parametrize(
+    ("epochs", "max_steps", "total"), [(0.5, None, 5), (0.1, None, 1), (1.25, None, 13), (9, 4, 4)]
+)
 def test_total_steps(epochs, max_steps, total):
     assert StepPlan(40, 2, 2, epochs, max_steps, 0).total_steps == total
 

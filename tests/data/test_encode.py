@@ -92,7 +92,9 @@ def test_drop(template_of):
 def test_token_statistics(template_of):
     template = template_of("qwen3")
     report = DataReport()
-    rows = encode_samples([conversation(Turn("user", "q" * n), ANSWER) for n in (1, 40, 90)], template, 512, report=report)
+    rows = encode_samples(
+        [conversation(Turn("user", "q" * n), ANSWER) for n in (1, 40, 90)], template, 512, report=report
+    )
     lengths = [len(row.ids) for row in rows]
     assert report.tokens["total"] == sum(lengths)
     assert report.tokens["max"] == max(lengths)

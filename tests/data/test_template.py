@@ -61,10 +61,15 @@ def test_prompt_ids_are_the_rendered_text_encoded_whole(template_of, family):
     template = template_of(family)
     for thinking in (None, True, False):
         text = template.render_prompt((Q1, A1, Q2), thinking)
-        assert template.encode_prompt((Q1, A1, Q2), thinking) == template.tokenizer(text, add_special_tokens=False).input_ids
+        assert (
+            template.encode_prompt((Q1, A1, Q2), thinking)
+            == template.tokenizer(text, add_special_tokens=False).input_ids
+        )
 
 
-@pytest.mark.parametrize(("family", "rows"), [("qwen3", 3), ("qwen25", 1), ("llama3", 1), ("mistral", 1), ("deepseek", 3)])
+@pytest.mark.parametrize(
+    ("family", "rows"), [("qwen3", 3), ("qwen25", 1), ("llama3", 1), ("mistral", 1), ("deepseek", 3)]
+)
 def test_append_only_templates_make_one_row(template_of, family, rows):
     samples = template_of(family).encode_conversation(conversation(*CONVERSATIONS["three"]))
     assert len(samples) == rows

@@ -29,7 +29,9 @@ class ControlTokens:
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
         added = {
-            index: token.content for index, token in tokenizer.added_tokens_decoder.items() if token.content.strip(" \t\n\r▁")
+            index: token.content
+            for index, token in tokenizer.added_tokens_decoder.items()
+            if token.content.strip(" \t\n\r▁")
         }
         self.ids: dict[str, int] = {text: index for index, text in sorted(added.items())}
         self.texts: tuple[str, ...] = tuple(self.ids)

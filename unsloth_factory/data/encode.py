@@ -22,6 +22,7 @@ GAP = " … "
 # A question cut to less than this many characters says nothing: the row is dropped instead.
 MIN_QUESTION = 8
 _Item = TypeVar("_Item")
+_Row = TypeVar("_Row", bound=TokenSample | TokenPair)
 
 
 def encode_samples(
@@ -69,7 +70,7 @@ def encode_pairs(
     out: list[TokenPair] = []
     for part in _chunks(pairs):
         for pair, encoded in zip(part, template.encode_pairs(part), strict=True):
-            if _pair_length(encoded) > max_seq_length:
+            if _length(encoded) > max_seq_length:
                 shorter = _shorten_pair(pair, template, max_seq_length) if long_samples == "shorten_prompt" else None
                 _count(report, shorter)
                 if shorter is None:
@@ -123,7 +124,7 @@ def _fit(
             shorter = None
             if long_samples == "shorten_prompt":
                 *prompt, answer = _until_answer(conversation.turns, number)
-                shorter, _ = _shorten(tuple(prompt), _answer_encoder(template, answer, conversation), _row_length, limit)
+                shorter, _ = _shorten(tuple(prompt), _answer_encoder(template, answer, conversation), limit)
             _count(report, shorter)
         if shorter is not None:
             fitting.append(shorter)
@@ -136,9 +137,7 @@ def _answer_encoder(
     return lambda prompt: template.encode_answer((*prompt, answer), conversation.source)
 
 
-def _windows(
-    conversation: Conversation, template: ChatTemplate, limit: int, report: DataReport
-) -> list[TokenSample]:
+def _windows(conversation: Conversation, template: ChatTemplate, limit: int, report: DataReport) -> list[TokenSample]:
     """A conversation that is one row, as rows of as many last turns as fit: every answer is still trained once."""
     windows: list[TokenSample] = []
     turns = _until_answer(conversation.turns, -1)
@@ -151,7 +150,7 @@ def _windows(
         row: TokenSample | None = encode(turns[:-1])
         start = opening
         if row is not None and len(row.ids) > limit:
-            row, start = _shorten(turns[:-1], encode, _row_length, limit)
+            row, start = _shorten(turns[:-1], encode, limit)
             _count(report, row)
         if row is not None:
             windows.insert(0, row)
@@ -159,46 +158,49 @@ def _windows(
     return windows
 
 
-def _row_length(row: TokenSample) -> int:
-    return len(row.ids)
-
-
 def _shorten_pair(pair: PreferencePair, template: ChatTemplate, limit: int) -> TokenPair | None:
     def encode(prompt: tuple[Turn, ...]) -> TokenPair:
         return template.encode_pair(replace(pair, prompt=prompt))
 
-    return _shorten(pair.prompt, encode, _pair_length, limit)[0]
+    return _shorten(pair.prompt, encode, limit)[0]
 
 
 def _shorten(
     prompt: tuple[Turn, ...],
-    encode: Callable[[tuple[Turn, ...]], _Item],
-    length: Callable[[_Item], int],
+    encode: Callable[[tuple[Turn, ...]], _Row],
     limit: int,
-) -> tuple[_Item | None, int]:
+) -> tuple[_Row | None, int]:
     """The row with the longest prompt that fits and where that begins in `prompt`.
 
     None when even a few characters of the last question do not fit beside the answer.
     """
     system = tuple(turn for turn in prompt[:1] if turn.role == "system")
     starts = [i for i, turn in enumerate(prompt) if turn.role == "user"]
-    for start in starts[1:]:
-        row = encode((*system, *prompt[start:]))
-        if length(row) <= limit:
-            return row, start
+    best, later = None, starts[1:]
+    low, high = 0, len(later)
+    # Bisected: rows only get shorter with a later start.
+    while low < high:
+        middle = (low + high) // 2
+        row = encode((*system, *prompt[later[middle] :]))
+        if _length(row) <= limit:
+            best, high = row, middle
+        else:
+            low = middle + 1
+    if best is not None:
+        return best, later[low]
     kept = (*system, *prompt[starts[-1] :])
     texts = [i for i, turn in enumerate(kept) if turn.role in ("user", "tool")]
     longest = max(texts, key=lambda i: len(kept[i].content))
     content = kept[longest].content
 
-    def cut(characters: int) -> _Item:
+    def cut(characters: int) -> _Row:
         turn = replace(kept[longest], content=_without_middle(content, characters))
         return encode((*kept[:longest], turn, *kept[longest + 1 :]))
 
-    return _largest_fit(cut, length, len(content) - 1, limit), starts[-1]
+    return _largest_fit(cut, len(content) - 1, limit), starts[-1]
 
 
-def _largest_fit(cut: Callable[[int], _Item], length: Callable[[_Item], int], most: int, limit: int) -> _Item | None:
+def _largest_fit(cut: Callable[[int], _Row], most: int, limit: int) -> _Row | None:
     """Bisect the number of characters kept, to within 1/64 of the text."""
     best = None
     low, high = min(MIN_QUESTION, most), most
@@ -206,7 +208,7 @@ def _largest_fit(cut: Callable[[int], _Item], length: Callable[[_Item], int], mo
     while low <= high:
         middle = (low + high) // 2
         row = cut(middle)
-        if length(row) <= limit:
+        if _length(row) <= limit:
             best, low = row, middle + step
         else:
             high = middle - step
@@ -220,8 +222,8 @@ def _without_middle(text: str, characters: int) -> str:
     return text[:head] + GAP + (text[-tail:] if tail else "")
 
 
-def _pair_length(pair: TokenPair) -> int:
-    return max(len(pair.chosen.ids), len(pair.rejected.ids))
+def _length(row: TokenSample | TokenPair) -> int:
+    return len(row.ids) if isinstance(row, TokenSample) else max(len(row.chosen.ids), len(row.rejected.ids))
 
 
 def _count(report: DataReport, shorter: object | None) -> None:

@@ -52,7 +52,8 @@ def load_pairs(
     """Preference pairs of --dataset; arguments and errors as `load_conversations`."""
 
     def build(parsed: Parsed, source: str) -> PreferencePair:
-        assert parsed.chosen is not None and parsed.rejected is not None
+        assert parsed.chosen is not None
+        assert parsed.rejected is not None
         return PreferencePair(parsed.turns, parsed.chosen, parsed.rejected, source)
 
     return _load(settings, True, build, system, normalizer)
@@ -68,17 +69,19 @@ def _load(
     if settings.dataset_format != "auto":
         named_shape(settings.dataset_format)
     report = DataReport()
+
+    def make(parsed: Parsed, source: str) -> _Item:
+        return build(_prepare(parsed, system, normalizer, report), source)
+
     items: list[_Item] = []
     for source in resolve(settings):
         room = None if settings.data_limit is None else settings.data_limit - len(items)
         if room == 0:
             break
-        items += _load_file(source, preference, build, settings.encoding, room, report)
-    finished = [_finish(item, system, normalizer, report) for item in items]
-    report.used = len(finished)
-    duplicates = len(finished) - len({content_key(item) for item in finished})
-    _note(report, "exact duplicates", duplicates)
-    return finished, report
+        items += _load_file(source, preference, make, settings.encoding, room, report)
+    report.used = len(items)
+    _note(report, "exact duplicates", len(items) - len({content_key(item) for item in items}))
+    return items, report
 
 
 def _load_file(
@@ -166,7 +169,9 @@ def _renaming(source: Source, shape: Shape, table: Table) -> Callable[[Mapping[s
         if role in _IGNORED_ROLES:
             continue
         if role not in shape.roles and role not in _MEDIA_ROLES:
-            raise UserError(f"--columns {role}={column}: unknown role. Known for {shape.name}: {', '.join(shape.roles)}.")
+            raise UserError(
+                f"--columns {role}={column}: unknown role. Known for {shape.name}: {', '.join(shape.roles)}."
+            )
         if column not in table.columns:
             raise UserError(
                 f"{source.path}: no column {column!r} (--columns {role}={column}). Found: {', '.join(table.columns)}."
@@ -175,25 +180,23 @@ def _renaming(source: Source, shape: Shape, table: Table) -> Callable[[Mapping[s
     return lambda values: {name: values[column] for column, name in names.items() if column in values}
 
 
-def _finish(item: _Item, system: str | None, normalizer: Normalizer | None, report: DataReport) -> _Item:
+def _prepare(parsed: Parsed, system: str | None, normalizer: Normalizer | None, report: DataReport) -> Parsed:
+    """The row with terms normalised, and with the domain's system prompt where it has none."""
+
     def normalized(turn: Turn) -> Turn:
         if normalizer is None or turn.role not in ("user", "assistant"):
             return turn
         content, count = normalizer.normalize(turn.content)
-        reasoning = turn.reasoning
-        if reasoning:
-            reasoning, more = normalizer.normalize(reasoning)
-            count += more
-        report.terms_normalized += count
-        return replace(turn, content=content, reasoning=reasoning) if count else turn
+        reasoning, more = normalizer.normalize(turn.reasoning) if turn.reasoning else (turn.reasoning, 0)
+        report.terms_normalized += count + more
+        return replace(turn, content=content, reasoning=reasoning)
 
-    turns = item.turns if isinstance(item, Conversation) else item.prompt
-    turns = tuple(normalized(turn) for turn in turns)
+    turns = tuple(normalized(turn) for turn in parsed.turns)
     if system and turns[0].role != "system":
         turns = (Turn("system", system), *turns)
-    if isinstance(item, Conversation):
-        return replace(item, turns=turns)
-    return replace(item, prompt=turns, chosen=normalized(item.chosen), rejected=normalized(item.rejected))
+    chosen = normalized(parsed.chosen) if parsed.chosen else None
+    rejected = normalized(parsed.rejected) if parsed.rejected else None
+    return replace(parsed, turns=turns, chosen=chosen, rejected=rejected)
 
 
 def content_key(item: Conversation | PreferencePair) -> tuple[Turn, ...]:
@@ -213,9 +216,7 @@ def _record_problems(report: DataReport, problems: list[tuple[str, str]]) -> Non
             report.skipped_examples.append(f"{where} {reason}")
 
 
-def _refuse_mostly_bad(
-    source: Source, shape: Shape, table: Table, used: int, problems: list[tuple[str, str]]
-) -> None:
+def _refuse_mostly_bad(source: Source, shape: Shape, table: Table, used: int, problems: list[tuple[str, str]]) -> None:
     if len(problems) <= used:
         return
     counts = Counter(reason for _, reason in problems).most_common(3)
@@ -223,5 +224,5 @@ def _refuse_mostly_bad(
     raise UserError(
         f"{source.path}: {len(problems)} of {used + len(problems)} rows cannot be used as {shape.name} ({listed}; "
         f"the first is {problems[0][0]}). Columns found: {', '.join(table.columns)}. "
-        "Mend the rows, give another --dataset_format, or name the columns with --columns prompt=COLUMN,response=COLUMN."
+        "Mend the rows, give another --dataset_format, or name the columns: --columns prompt=COLUMN,response=COLUMN."
     )

@@ -33,12 +33,16 @@ def split_validation(items: Sequence[_Item], val_split: float, seed: int) -> tup
     if 0 < val_split < 1 and len(items) > 1:
         wanted = max(1, wanted)
     if wanted >= len(items) > 0 and wanted > 0:
-        raise UserError(f"--val_split {val_split} holds out {wanted} of {len(items)} samples and leaves none to train on.")
+        raise UserError(
+            f"--val_split {val_split} holds out {wanted} of {len(items)} samples and leaves none to train on."
+        )
     groups: dict[tuple[Turn, ...], list[int]] = {}
     for index, item in enumerate(items):
         groups.setdefault(content_key(item), []).append(index)
     members = list(groups.values())
-    order = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed % 2**64, 0x5417]))).permutation(len(members))
+    order = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed % 2**64, 0x5417]))).permutation(
+        len(members)
+    )
     held: set[int] = set()
     for group in order:
         # A group larger than what is still wanted would overshoot; a smaller one will come.

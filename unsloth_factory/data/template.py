@@ -243,9 +243,7 @@ class ChatTemplate:
                 message["reasoning_content"] = self._control.protect(turn.reasoning)
             messages.append(message)
         try:
-            return self.tokenizer.apply_chat_template(
-                messages, chat_template=self.source, tokenize=False, **switches
-            )
+            return self.tokenizer.apply_chat_template(messages, chat_template=self.source, tokenize=False, **switches)
         except TemplateError as error:
             roles = ", ".join(turn.role for turn in turns)
             raise UserError(

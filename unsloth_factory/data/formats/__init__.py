@@ -51,7 +51,17 @@ def find_shape(columns: Sequence[str], path: Path) -> Shape:
 
 def _near_column(columns: frozenset[str]) -> str:
     """A hint for a misspelt column: the known name closest to one of the file's."""
-    known = ("instruction", "output", "question", "answer", "conversations", "messages", "chosen", "rejected", "response")
+    known = (
+        "instruction",
+        "output",
+        "question",
+        "answer",
+        "conversations",
+        "messages",
+        "chosen",
+        "rejected",
+        "response",
+    )
     for column in sorted(columns):
         near = difflib.get_close_matches(column, known, 1, cutoff=0.75)
         if near and near[0] not in columns:

@@ -43,12 +43,12 @@ def _prompt(row: Mapping[str, Any], tags: Tags) -> list[Turn] | None:
     if has_messages(frozenset(row)):
         name = list_column(row)
         return with_system(row, read_messages(row[name], tags, name))
-    name = next((name for name in _PROMPTS if name in row), None)
-    if name is None:
+    column = next((name for name in _PROMPTS if name in row), None)
+    if column is None:
         return None
-    if isinstance(row[name], list):
-        return with_system(row, read_messages(row[name], tags, name))
-    return read_prompt({**row, "instruction": row[name]}, tags)
+    if isinstance(row[column], list):
+        return with_system(row, read_messages(row[column], tags, column))
+    return read_prompt({**row, "instruction": row[column]}, tags)
 
 
 def _parse(row: Mapping[str, Any], tags: Tags) -> Parsed:

@@ -19,7 +19,20 @@ from unsloth_factory.data.formats.shape import (
 from unsloth_factory.data.types import Turn
 
 # In order of preference, where a file has several.
-_QUESTIONS = ("ask", "question", "prompt", "query", "problem", "instruction", "input", "user", "q", "问题", "提问", "问")
+_QUESTIONS = (
+    "ask",
+    "question",
+    "prompt",
+    "query",
+    "problem",
+    "instruction",
+    "input",
+    "user",
+    "q",
+    "问题",
+    "提问",
+    "问",
+)
 _ANSWERS = ("answer", "response", "completion", "output", "reply", "solution", "target", "assistant", "a")
 _CHINESE_ANSWERS = ("回答", "答案", "回复", "答")
 _REASONING = ("complex_cot", "reasoning", "reasoning_content", "cot", "think", "thinking", "思考")

@@ -60,12 +60,11 @@ def read_json(text: str, path: Path) -> tuple[str, Iterator[Row]]:
     start = _skip_blanks(text, 0)
     if text[start] == "[":
         return "json", _array(text, start, path)
-    first_line = text[start : text.find("\n", start)] if "\n" in text[start:] else text[start:]
-    if _is_object(first_line):
+    first_line, _, rest = text[start:].partition("\n")
+    lines = _is_object(first_line) and rest.strip()
+    if lines or text[start] != "{" or path.suffix.lower() != ".json":
         return "jsonl", _lines(text, path)
-    if text[start] == "{" and not path.suffix.lower().startswith((".jsonl", ".ndjson")):
-        return "json", _objects(text, start, path)
-    return "jsonl", _lines(text, path)
+    return "json", _objects(text, start, path)
 
 
 def _is_object(line: str) -> bool:
@@ -94,11 +93,12 @@ def _lines(text: str, path: Path) -> Iterator[Row]:
     decoder = _Decoder()
     broken: list[str] = []
     for number, line in enumerate(text.split("\n"), 1):
-        line = line.strip(" \t\r")
-        if not line:
+        line = line.rstrip(" \t\r")
+        start = _skip_blanks(line, 0)
+        if start == len(line):
             continue
         try:
-            value, end, problem = decoder.decode(line)
+            value, end, problem = decoder.decode(line, start)
             if end < len(line):
                 raise json.JSONDecodeError("Extra data", line, end)
         except json.JSONDecodeError as error:
