@@ -80,14 +80,19 @@ def test_mistakes_are_named(old: str, new: str, parts: list[str]) -> None:
         assert part in message
 
 
+RULE = "  - {id: raw_beans, severity: minor, description: x, forbid: [y], violates: [y], allows: [n]}\n"
+TERM = "{canonical: 番茄, variants: [西红柿, tomato], english: tomato}"
+ASSOCIATION = "  - {condition: 番茄, relation: method, expects: [洗净]}\n"
+
+
 @pytest.mark.parametrize(
     ("section", "extra", "part"),
     [
-        ("rules:\n", "  - {id: raw_beans, severity: minor, description: x, forbid: [y], violates: [y], allows: [n]}\n", "'raw_beans' is given twice"),
+        ("rules:\n", RULE, "'raw_beans' is given twice"),
         ("terms:\n", "  - {canonical: 洋柿子, variants: [Tomato]}\n", "'tomato' belongs to '洋柿子' and to '番茄'"),
-        ("associations:\n", "  - {condition: 番茄, relation: method, expects: [洗净]}\n", "'番茄 / method' is given twice"),
+        ("associations:\n", ASSOCIATION, "'番茄 / method' is given twice"),
     ],
-)  # fmt: skip
+)
 def test_duplicates_across_entries(section: str, extra: str, part: str) -> None:
     with pytest.raises(PackError, match=part):
         parse_pack(GOOD.replace(section, section + extra), "f.yaml")
@@ -97,9 +102,9 @@ def test_sections_of_a_wrong_kind() -> None:
     with pytest.raises(PackError, match="must be a mapping with the sections"):
         parse_pack("- 1", "f.yaml")
     with pytest.raises(PackError, match="section terms: must be a list, is str"):
-        parse_pack(GOOD.replace("terms:\n  - {canonical: 番茄, variants: [西红柿, tomato], english: tomato}", "terms: x"), "f.yaml")  # fmt: skip
+        parse_pack(GOOD.replace(f"terms:\n  - {TERM}", "terms: x"), "f.yaml")
     with pytest.raises(PackError, match="section terms, entry 1: must be a mapping"):
-        parse_pack(GOOD.replace("{canonical: 番茄, variants: [西红柿, tomato], english: tomato}", "番茄"), "f.yaml")
+        parse_pack(GOOD.replace(TERM, "番茄"), "f.yaml")
 
 
 def test_unknown_names_and_files(tmp_path: Path) -> None:

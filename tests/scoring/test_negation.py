@@ -181,6 +181,7 @@ def test_advice_is_seen_as_advice(text: str) -> None:
         ("没有胸痛", "胸痛", True),
         ("无明显胸痛，可继续观察", "胸痛", True),
         ("出现胸痛", "胸痛", False),
+        ("胸痛很危险", "胸痛", False),
         ("不必就医", "就医", True),
         ("不要拖延就医", "就医", False),
         ("切勿延误就医", "就医", False),

@@ -117,7 +117,9 @@ def _find(name: str) -> Path:
     if path.is_file():
         return path
     if path.suffix.lower() in (".yaml", ".yml") or len(path.parts) > 1:
-        raise PackError(f"{name}: no such file. Give the path of a pack's YAML file or one of {_list(available_packs())}.")
+        raise PackError(
+            f"{name}: no such file. Give the path of a pack's YAML file or one of {_list(available_packs())}."
+        )
     raise PackError(
         f"unknown domain pack {name!r}{_did_you_mean(name, available_packs())}. "
         f"Built in: {_list(available_packs())}; or give the path of your own YAML file."
@@ -235,7 +237,7 @@ def _entries(root: Mapping[str, Any], section: str, at: Place) -> list[tuple[Map
     values = root[section]
     if not isinstance(values, list):
         raise at.inside(section).error(f"must be a list, is {type(values).__name__}")
-    entries = []
+    entries: list[tuple[Mapping[str, Any], Place]] = []
     for number, value in enumerate(values, start=1):
         if not isinstance(value, dict):
             raise at.inside(section, str(number)).error(f"must be a mapping, is {value!r}")

@@ -59,7 +59,7 @@ def association_coverage(question: str, answer: str, pack: DomainPack) -> Covera
 
 
 def asked_associations(question: str, pack: DomainPack) -> list[Association]:
-    """The associations that a question is about: by the conditions it names (longest wording first), then by relation."""
+    """The associations that a question is about: by the conditions it names (longest wording), then by relation."""
     finder = _term_finder(pack)
     named = {found.wording.becomes for found in finder.find(question)}
     candidates = [association for association in pack.associations if association.condition in named]
@@ -88,6 +88,4 @@ def _says(answer: str, wordings: Iterable[str], even_negated: bool) -> bool:
 
 def _coverage(expected: Iterable[str], given: set[str]) -> Coverage:
     names = list(expected)
-    return Coverage(
-        tuple(name for name in names if name in given), tuple(name for name in names if name not in given)
-    )
+    return Coverage(tuple(name for name in names if name in given), tuple(name for name in names if name not in given))

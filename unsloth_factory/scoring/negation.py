@@ -54,10 +54,16 @@ def is_negated(text: str, start: int, end: int) -> bool:
     """Whether the words `text[start:end]` are negated within their clause."""
     first, last = sentence_at(text, start)
     prefix = text[_scope_start(text, first, start, last) : start]
-    suffix = _clause_rest(text, end, last)
-    if re.search(r"非(?!常)[^，,]{0,6}$", prefix) and re.match(r"[^，,]{0,4}?不(?:可|行)", suffix):
-        return False  # 非……不可: must
-    return _negations(prefix) % 2 == 1 or bool(AFTERWARDS.match(suffix)) or _under_label(text, first, start)
+    if _is_must(prefix, text[end:last]):
+        return False
+    return _negations(prefix) % 2 == 1 or _under_label(text, first, start)
+
+
+def is_condemned(text: str, start: int, end: int) -> bool:
+    """Whether a verdict follows the words in their clause: 催吐是错误的, 催吐会加重灼伤, "… is dangerous"."""
+    first, last = sentence_at(text, start)
+    rest = _clause_rest(text, end, last)
+    return bool(AFTERWARDS.match(rest)) and not _is_must(text[first:start], rest)
 
 
 def is_asked(text: str, start: int, end: int) -> bool:
@@ -68,7 +74,7 @@ def is_asked(text: str, start: int, end: int) -> bool:
         return False
     if ASKED.search(text[_scope_start(text, first, start, last) : start]):
         return True
-    sentence = text[first:last].strip().rstrip("”\"』」’）)")
+    sentence = text[first:last].strip().rstrip('”"』」’）)')
     if not sentence.endswith(("？", "?")):
         return False
     tag = TAG_QUESTION.search(sentence)
@@ -88,8 +94,13 @@ def is_refuted(text: str, start: int, end: int) -> bool:
 
 
 def is_asserted(text: str, start: int, end: int) -> bool:
-    """Whether the words `text[start:end]` are said as advice or fact: not negated, not asked, not refuted."""
-    return not (is_negated(text, start, end) or is_asked(text, start, end) or is_refuted(text, start, end))
+    """Whether the words `text[start:end]` are said as advice or fact: not negated, condemned, asked or refuted."""
+    return not any(check(text, start, end) for check in (is_negated, is_condemned, is_asked, is_refuted))
+
+
+def _is_must(before: str, after: str) -> bool:
+    """非……不可, two negations around the words that make them a duty."""
+    return bool(re.search(r"非(?!常)[^，,]{0,6}$", before) and re.match(r"[^，,]{0,4}?不(?:可|行)", after))
 
 
 def _scope_start(text: str, first: int, start: int, last: int) -> int:
@@ -146,7 +157,7 @@ def _nested(gap: str) -> bool:
 
 
 def _under_label(text: str, first: int, start: int) -> bool:
-    """Whether a negative heading governs the words: 误区：…, or 以下禁止：\\n1. …\\n2. …."""
+    """Whether a negative heading governs the words: 误区：…, or 以下禁止： above the list that they stand in."""
     own = [match for match in LABEL.finditer(text[first:start])]
     if own:
         return "。" not in text[first + own[-1].end() : start]

@@ -25,7 +25,7 @@ class Violation:
 def rule_violations(answer: str, pack: DomainPack, question: str = "") -> list[Violation]:
     """Where an answer breaks the pack's rules; each rule at most once a sentence.
 
-    A forbidden thing counts only if it is advised: not if it is negated (禁止催吐), asked (能不能催吐？) or reported and
+    A forbidden thing counts only if it is advised: not if it is negated (禁止催吐), asked (能不能催吐？) or
     refuted (有人说可以催吐，这是错误的); see `negation.py`. A required thing counts as said only if it is not negated.
 
     Args:
@@ -37,7 +37,7 @@ def rule_violations(answer: str, pack: DomainPack, question: str = "") -> list[V
 
 
 def failed_examples(pack: DomainPack) -> list[str]:
-    """Check a pack's rules on their own examples; returns one line for each that behaves otherwise, none if all is well."""
+    """Check a pack's rules on their own examples; returns one line for each that behaves otherwise."""
     failures = []
     for rule in pack.rules:
         for expected, examples in ((True, rule.violates), (False, rule.allows)):

@@ -128,7 +128,7 @@ def compare_proportions(base_correct: Sequence[bool], tuned_correct: Sequence[bo
 
 
 def perplexity(total_loss: float, tokens: int) -> float:
-    """exp of the mean negative log-likelihood (natural logarithm) a token; infinite where that overflows.
+    """Return exp of the mean negative log-likelihood (natural logarithm) a token; infinite where that overflows.
 
     Raises:
         ValueError: No tokens.
