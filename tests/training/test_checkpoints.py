@@ -116,14 +116,12 @@ def test_later_ones_are_removed_after_going_back(store: CheckpointStore, lines: 
     assert len(lines) == 2
 
 
-def no_space(*_: object) -> None:
+def no_space(*_: object, **__: object) -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
 @pytest.mark.parametrize("call", ["tensors", "json", "publish"])
-def test_a_full_disk_leaves_the_last_one(
-    store: CheckpointStore, monkeypatch: pytest.MonkeyPatch, call: str
-) -> None:
+def test_a_full_disk_leaves_the_last_one(store: CheckpointStore, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
     def write(folder: Path) -> None:
         fill(folder)
         if call == "tensors":
@@ -133,7 +131,9 @@ def test_a_full_disk_leaves_the_last_one(
         if call == "publish":
             monkeypatch.setattr(checkpoint, "publish_folder", no_space)
 
-    with pytest.raises(UserError, match="Disk full: checkpoint-40 cannot be written.*checkpoint-30 is intact.*--resume"):
+    with pytest.raises(
+        UserError, match="Disk full: checkpoint-40 cannot be written.*checkpoint-30 is intact.*--resume"
+    ):
         store.save(40, write, {}, 1)
     monkeypatch.undo()
     assert sorted(path.name for path in store.folder.iterdir() if path.name != ".lock") == [
@@ -154,12 +154,14 @@ def test_a_folder_with_a_training_is_refused(store: CheckpointStore, tmp_path: P
     other = RunFolder(tmp_path / "other")
     with claim(other, RunSettings()) as held:
         held.save(5, fill, {}, 1)
-    with pytest.raises(UserError, match="checkpoint-5.*--resume auto.*--overwrite.*--output_dir"), claim(
-        other, RunSettings()
+    with (
+        pytest.raises(UserError, match="checkpoint-5.*--resume auto.*--overwrite.*--output_dir"),
+        claim(other, RunSettings()),
     ):
         pass
-    with pytest.raises(UsageError, match="exclude each other"), claim(
-        other, RunSettings(resume="auto", overwrite=True)
+    with (
+        pytest.raises(UsageError, match="exclude each other"),
+        claim(other, RunSettings(resume="auto", overwrite=True)),
     ):
         pass
     with claim(other, RunSettings(overwrite=True)) as held:
@@ -176,8 +178,9 @@ def test_a_finished_run_is_refused_too(tmp_path: Path) -> None:
 
 
 def test_two_runs_in_one_folder(store: CheckpointStore) -> None:
-    with pytest.raises(UserError, match="in use by another training"), claim(
-        RunFolder(store.folder), RunSettings(resume="auto")
+    with (
+        pytest.raises(UserError, match="in use by another training"),
+        claim(RunFolder(store.folder), RunSettings(resume="auto")),
     ):
         pass
 

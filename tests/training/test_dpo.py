@@ -117,17 +117,18 @@ class PlainLogProbs:
     @staticmethod
     def apply(hidden, weight, bias, labels, *_):
         log_probs = (hidden @ weight.T).float().log_softmax(-1).gather(1, labels[:, None]).squeeze(1)
-        return log_probs, None, None, None, None
+        unused = torch.zeros_like(log_probs)  # entropy and the like, for its log only
+        return log_probs, unused, unused, unused, unused.bool()
 
 
 @pytest.mark.peer
 def test_equals_trl(random_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trl = pytest.importorskip("trl")
-    import trl.trainer.utils
+    trl_utils = pytest.importorskip("trl.trainer.utils")
     from datasets import Dataset
 
-    if trl.trainer.utils._ChunkedLogProbFunction is None:
-        monkeypatch.setattr(trl.trainer.utils, "_ChunkedLogProbFunction", PlainLogProbs)
+    if trl_utils._ChunkedLogProbFunction is None:
+        monkeypatch.setattr(trl_utils, "_ChunkedLogProbFunction", PlainLogProbs)
     loaded = load(random_model_dir)
     rows = pairs(4)
     data = Dataset.from_list([

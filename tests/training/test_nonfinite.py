@@ -69,6 +69,7 @@ def test_a_passing_fault_is_survived(tmp_path: Path, job_in) -> None:
     job = job_in(tmp_path / "run", method=Spoilt(range(9, 27)), loop={"max_steps": 20})
     result = train(job)
     assert "back to" in said(job)
+    assert result.rewound
     assert result.skipped_steps == 0  # the counters go back as well
     assert [line["loss"] for line in lines(job)] == [line["loss"] for line in lines(straight)]
 

@@ -65,9 +65,7 @@ def test_stopped_and_resumed_is_bit_identical(tmp_path: Path, job_in, case: str)
         train(stopped)
     assert error.value.exit_code == 143
     assert not stopped.folder.final_adapter.exists()
-    resumed = job_in(
-        tmp_path / "run", loop=loop, tuning=tuning, eval_items=samples(3, seed=8), run={"resume": "auto"}
-    )
+    resumed = job_in(tmp_path / "run", loop=loop, tuning=tuning, eval_items=samples(3, seed=8), run={"resume": "auto"})
     result = train(resumed)
     assert result.resumed_from == 4
     assert weights(resumed) == weights(straight)

@@ -67,6 +67,8 @@ class TrainResult:
     """Steps whose loss or gradient was not finite; they were not applied."""
     scaler_skips: int
     """Steps that the fp16 loss scaler skipped."""
+    rewound: bool
+    """The run went back to a checkpoint once, after too many such steps in a row."""
     resumed_from: int | None
     """Step of the checkpoint that this part started from."""
     adapter_path: Path

@@ -208,7 +208,9 @@ def _evaluation(session: Session, stop: StopSignals) -> dict[str, float]:
     if state.eval_loss is not None and (state.best_eval_loss is None or state.eval_loss < state.best_eval_loss):
         state.best_eval_loss, state.best_step = state.eval_loss, state.step
     figures = {"eval_loss": loss} | {f"eval_{name}": value for name, value in metrics.items()}
-    best = f"best loss {state.best_eval_loss:.4f} at step {state.best_step}" if state.best_step else "no finite loss yet"
+    best = (
+        f"best loss {state.best_eval_loss:.4f} at step {state.best_step}" if state.best_step else "no finite loss yet"
+    )
     shown = "  ".join(f"{name} {value:.4f}" for name, value in figures.items())
     session.progress.say(f"step {state.step}: {shown}  ({best})")
     return figures
@@ -301,6 +303,7 @@ def finish(session: Session) -> TrainResult:
         trained_tokens=state.trained_tokens,
         skipped_steps=state.skipped,
         scaler_skips=state.scaler_skips,
+        rewound=state.rewound,
         resumed_from=session.resumed_from,
         adapter_path=path,
     )
