@@ -98,6 +98,7 @@ def test_the_files(load, stir, tmp_path, random_model_dir):
     config = json.loads((one / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(random_model_dir)
     assert (config["r"], config["lora_alpha"], config["inference_mode"]) == (16, 32, True)
+    assert config["target_modules"] == sorted(config["target_modules"])  # a set in peft: its order is chance
     info = json.loads((one / "unsloth_factory.json").read_text())
     assert info["base_fingerprint"] == loaded.fingerprint
     assert info["quantization"]["dtype"] == "float32"

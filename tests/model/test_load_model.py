@@ -104,7 +104,8 @@ def test_base_with_a_value_that_is_no_number_is_refused(copy_model, load, bits, 
 def test_large_sound_values_are_not_mistaken(tmp_path):
     from unsloth_factory.model.finite import refuse_nonfinite
 
-    save_file({"a": torch.full((4,), 3e38), "b": torch.ones(3, dtype=torch.int32)}, tmp_path / "x.safetensors")
+    tensors = {"a": torch.full((4,), 3e38), "b": torch.ones(3, dtype=torch.int32), "c": torch.ones(0)}
+    save_file(tensors, tmp_path / "x.safetensors")
     refuse_nonfinite([tmp_path / "x.safetensors"])
 
 

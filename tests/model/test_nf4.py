@@ -118,6 +118,8 @@ def stored_4bit(random_model_dir, tmp_path_factory):
 def test_folder_that_stores_4_bit_weights(bits, stored_4bit, load, row, stir, tmp_path):
     loaded = stir(load(stored_4bit, quantization_bit=bits, for_training=True))
     assert loaded.quantized
+    # The folder's maker computed in bfloat16; here the device decides.
+    assert {m.compute_dtype for m in loaded.model.modules() if hasattr(m, "compute_dtype")} == {torch.float32}
     loaded.hidden_states(*row(IDS), None).sum().backward()
     loaded.save_adapter(tmp_path / "a")
     again = load(stored_4bit, adapter=tmp_path / "a")
