@@ -1,4 +1,4 @@
-"""Trains in forked children and sends them signals; a script that test_kills.py runs: kill_runner.py MODEL FOLDER KILLS.
+"""Trains in forked children and sends them signals; test_kills.py runs it: kill_runner.py MODEL FOLDER KILLS.
 
 Prints one line of JSON with what was found. The libraries are imported once; each attempt is a fork. No tensor
 operation runs before a fork: a child forked after OpenMP has started its threads may hang.

@@ -19,6 +19,7 @@ from unsloth_factory.data.types import Conversation, TokenPair, TokenSample, Tur
 from unsloth_factory.model.load import load_model
 from unsloth_factory.model.loaded import LoadedModel
 from unsloth_factory.run.folder import RunFolder, RunManifest
+from unsloth_factory.training import loop as loop_module
 from unsloth_factory.training.checkpoint import claim
 from unsloth_factory.training.job import TrainingJob
 from unsloth_factory.training.methods import Sft
@@ -89,12 +90,17 @@ def make_job(folder: Path, loaded: LoadedModel, store: Any, **changes: Any) -> T
 
 
 @pytest.fixture
-def job_in(random_model_dir: Path) -> Iterator[Callable[..., TrainingJob]]:
-    """job_in(folder, **changes): claims the folder and gives a job; `run` and `loop` are dicts of settings."""
+def job_in(random_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., TrainingJob]]:
+    """job_in(folder, **changes): claims the folder and gives a job; `run` and `loop` are dicts of settings.
+
+    The loss plot, a third of the time of such a small run, is drawn only with plot=True.
+    """
+    real_plot = loop_module.plot_loss
     with ExitStack() as stack:
 
         def build(folder: Path, **changes: Any) -> TrainingJob:
             stack.close()  # the claim of the job before
+            monkeypatch.setattr(loop_module, "plot_loss", real_plot if changes.pop("plot", False) else lambda *_: None)
             tuning = changes.setdefault("tuning", TuningSettings(lora_r=4))
             settings = RunSettings(**({"save_steps": 3, "logging_steps": 1} | changes.pop("run", {})))
             console = changes.setdefault("console", Console(file=io.StringIO(), width=200))

@@ -22,7 +22,8 @@ def plot_loss(lines: Sequence[dict[str, Any]], path: Path, title: str) -> Path:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 5), layout="constrained")
+    figure = Figure(figsize=(9, 5))
+    figure.subplots_adjust(left=0.08, right=0.91, top=0.92, bottom=0.11)
     canvas = FigureCanvasAgg(figure)
     axes = figure.subplots()
     steps = [line["step"] for line in lines if line["loss"] is not None]
