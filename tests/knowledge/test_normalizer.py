@@ -64,6 +64,11 @@ def test_normalize(text: str, expected: str, count: int) -> None:
     assert TermNormalizer(HEART).normalize(text) == (expected, count)
 
 
+def test_no_stutter_before_a_replacement() -> None:
+    normalizer = TermNormalizer(pack_of({"甲状腺亢进": ["状腺亢进症"]}))
+    assert normalizer.normalize("甲状腺亢进症，状腺亢进症") == ("甲状腺亢进症，甲状腺亢进", 1)
+
+
 def test_a_pack_without_terms_changes_nothing() -> None:
     assert TermNormalizer(pack_of({})).normalize("心梗") == ("心梗", 0)
 

@@ -57,6 +57,8 @@ def test_rules(answer: str, question: str, expected: list[str]) -> None:
 def test_a_violation_shows_its_sentence() -> None:
     found = rule_violations("误服强酸很危险。应马上催吐！然后送医。", pack_of(VOMIT))
     assert found == [Violation("vomit", "critical", "应马上催吐！", "催吐")]
+    found = rule_violations("误服强酸可以催吐（induce vomiting）。", pack_of(VOMIT))
+    assert [violation.matched for violation in found] == ["催吐"]
     found = rule_violations("多休息。", pack_of(CHEST), "突然胸痛。怎么办？")
     assert found == [Violation("chest", "major", "突然胸痛。", "胸痛")]
 
