@@ -21,9 +21,7 @@ def run(config: MergeConfig) -> int:
     if resolved.settings.adapter is None:
         if resolved.manifest is None:
             raise UsageError("Merge what? Give --run FOLDER of a training, or --model with --adapter.")
-        say(
-            f"{resolved.manifest.finetuning_type} training: nothing to merge, {base} is complete; its weights are linked."
-        )
+        say(f"{resolved.manifest.finetuning_type} training: nothing to merge; the weights of {base} are linked.")
         result = publish_trained(base, output, overwrite=config.overwrite)
     else:
         options = MergeOptions(

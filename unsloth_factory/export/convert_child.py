@@ -83,9 +83,9 @@ class Converter:
         except NotImplementedError:
             if fallback is None:
                 raise UserError(
-                    f"{self.model}: llama.cpp's converter does not recognise the tokenizer, and its pre-tokenizer is none "
-                    f"of those known here ({reason}). No weight was read. Use a newer llama.cpp with --llama_cpp DIR, or "
-                    "train on a base whose tokenizer llama.cpp knows."
+                    f"{self.model}: llama.cpp's converter does not recognise the tokenizer, and its pre-tokenizer is "
+                    f"none of those known here ({reason}). No weight was read. Use a newer llama.cpp with --llama_cpp "
+                    "DIR, or train on a base whose tokenizer llama.cpp knows."
                 ) from None
         self.model_class.get_vocab_base_pre = lambda _, tokenizer: fallback
         return fallback

@@ -77,7 +77,7 @@ def _steps(pre_tokenizer: dict[str, Any] | None) -> list[dict[str, Any]]:
 
 
 def _by_steps(steps: list[dict[str, Any]]) -> tuple[str | None, str]:
-    """Name by the exact steps: one Split with a known pattern, then ByteLevel that splits no further (or GPT-2's own)."""
+    """Name by the exact steps: a Split with a known pattern and a ByteLevel that splits no further, or GPT-2's own."""
     kinds = [step.get("type") for step in steps]
     prefix = any(step.get("add_prefix_space") for step in steps)
     if kinds == ["ByteLevel"] and steps[0].get("use_regex", True) and not prefix:
@@ -88,5 +88,5 @@ def _by_steps(steps: list[dict[str, Any]]) -> tuple[str | None, str]:
     pattern = (split.get("pattern") or {}).get("Regex")
     if split.get("behavior") != "Isolated" or split.get("invert"):
         return None, f"split behaviour {split.get('behavior')}"
-    name = SPLIT_PATTERNS.get(pattern)
+    name = SPLIT_PATTERNS.get(str(pattern))
     return name, "" if name else f"split pattern {pattern!r}"

@@ -98,7 +98,7 @@ def _size(model: Path, outtype: str) -> int:
 def _convert(converter: Path, model: Path, temporary: Path, options: GgufOptions) -> dict[str, Any]:
     byte_level, fallback, reason = known_pre_tokenizer(model)
     with ChildProcess("unsloth_factory.export.convert_child", "llama.cpp's converter") as child:
-        request = {"op": "open", "converter": str(converter), "model": str(model.resolve())}
+        request: dict[str, Any] = {"op": "open", "converter": str(converter), "model": str(model.resolve())}
         request |= {"byte_level_bpe": byte_level, "fallback": fallback, "reason": reason}
         opened, _ = child.call(request, timeout=300)
         _check_values(model, options.outtype)
@@ -128,7 +128,7 @@ def _check_values(model: Path, outtype: str) -> None:
                 largest = max(float(tensor.max()), -float(tensor.min()))
                 if largest > FLOAT16_MAX:
                     raise UserError(
-                        f"{model}: {entry.name} holds {largest:.4g}, float16 ends at {FLOAT16_MAX:.0f}. Use --outtype bf16."
+                        f"{model}: {entry.name} holds {largest:.4g}, float16 ends at 65504. Use --outtype bf16."
                     )
             advance(entry.stop - entry.start)
 
@@ -166,8 +166,8 @@ def _check(temporary: Path, model: Path, output: Path, options: GgufOptions) -> 
         _record(output, figures | {"passed": False, "error": message}, published=False)
         raise UserError(message) from None
     say(
-        f"same prompts and token ids in {figures['conversations']} conversations x 3 modes and {figures['texts']} texts; "
-        f"greedy answers {figures['greedy_equal']}/{figures['greedy_prompts']}; max KL {figures['kl_max']:.2e}"
+        f"same prompts and token ids in {figures['conversations']} conversations x 3 modes and {figures['texts']} "
+        f"texts; greedy answers {figures['greedy_equal']}/{figures['greedy_prompts']}; max KL {figures['kl_max']:.2e}"
     )
     return figures
 

@@ -80,7 +80,7 @@ def learn_frame(template: ChatTemplate) -> tuple[Frame | None, str]:
     except (UserError, ValueError) as error:
         return None, f"its fixed texts cannot be told from the contents ({error})"
     for turns in probe_conversations(template.control_tokens):
-        # Go templates in Ollama cannot strip; templates that do (Llama 3) are compared on contents without outer blanks.
+        # Go templates in Ollama cannot strip; those that do (Llama 3) are compared on contents without outer blanks.
         turns = tuple(replace(turn, content=turn.content.strip()) for turn in turns)
         if turns[0].role == "system" and frame.system_start is None:
             continue
@@ -153,7 +153,8 @@ def go_template(frame: Frame, thinking: bool | None) -> str:
     reasoning = ""
     if frame.thinks:
         on, off = _literal(frame.generation_on), _literal(frame.generation_off)
-        tail = f"{{{{ if $.IsThinkSet }}}}{{{{ if $.Think }}}}{on}{{{{ else }}}}{off}{{{{ end }}}}{{{{ else }}}}{tail}{{{{ end }}}}"
+        said = f"{{{{ if $.Think }}}}{on}{{{{ else }}}}{off}{{{{ end }}}}"
+        tail = f"{{{{ if $.IsThinkSet }}}}{said}{{{{ else }}}}{tail}{{{{ end }}}}"
         # Ollama reads from this block how reasoning is marked; it is rendered only behind the last question.
         reasoning = "{{ if and $m.Thinking (gt $i $lastUser) }}<think>\n{{ $m.Thinking }}\n</think>\n\n{{ end }}"
     start, in_question = _literal(frame.start), ""
@@ -170,7 +171,8 @@ def go_template(frame: Frame, thinking: bool | None) -> str:
         f"{start}"
         "{{ range $i, $m := .Messages }}{{ $last := eq (len (slice $.Messages $i)) 1 }}"
         '{{ if eq $m.Role "user" }}'
-        f"{in_question}{{{{ $m.Content }}}}{{{{ if $last }}}}{tail}{{{{ else }}}}{_literal(frame.after_user)}{{{{ end }}}}"
+        f"{in_question}{{{{ $m.Content }}}}"
+        f"{{{{ if $last }}}}{tail}{{{{ else }}}}{_literal(frame.after_user)}{{{{ end }}}}"
         '{{ else if eq $m.Role "assistant" }}'
         f"{reasoning}{{{{ $m.Content }}}}{{{{ if not $last }}}}{_literal(frame.after_assistant)}{{{{ end }}}}"
         "{{ end }}{{ end }}"

@@ -123,7 +123,7 @@ def _kinds(base: Path, adapter_folder: Path, options: MergeOptions) -> list[str]
     default = default_kind(base, quantization)
     if options.base_weights == "as_trained" and default == "original" and quantization is None:
         raise UserError(
-            "--base_weights as_trained: this adapter was not trained on quantised weights; its base is the original one. "
+            "--base_weights as_trained: this adapter was not trained on quantised weights; its base is the original. "
             "Leave the flag out."
         )
     if options.compare_base_weights:

@@ -46,8 +46,8 @@ def describe(
     notes = []
     if frame is None:
         notes.append(
-            f"No TEMPLATE is written: {reason}. Ollama then uses the chat template inside the GGUF file; if it cannot, it "
-            "guesses one. Compare an answer with uf chat --gguf."
+            f"No TEMPLATE is written: {reason}. Ollama then uses the chat template inside the GGUF file; if it "
+            "cannot, it guesses one. Compare an answer with uf chat --gguf."
         )
     elif system and frame.system_start is None:
         notes.append("The chat template knows no system prompt: SYSTEM has no effect in Ollama.")
@@ -106,7 +106,7 @@ def _block(what: str, text: str) -> str:
     """A value in three quotes: nothing inside can be escaped."""
     if '"""' in text or text.endswith('"'):
         raise UserError(
-            f'The {what} holds """ or ends with a quote, which a Modelfile cannot express (what follows would be read as '
+            f'The {what} holds """ or ends with a quote, which a Modelfile cannot express (the rest would be read as '
             "instructions). Change it, for instance with --system."
         )
     bad = next((c for c in text if unicodedata.category(c) == "Cc" and c not in "\n\t\r" or c == "\ufeff"), None)

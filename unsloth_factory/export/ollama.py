@@ -10,7 +10,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -147,8 +147,6 @@ def _chunks(file: Any, advance: Callable[[int], None]) -> Iterator[bytes]:
 
 def _reason(response: http.client.HTTPResponse) -> str:
     text = response.read(2000).decode("utf-8", "replace").strip()
-    try:
+    with suppress(ValueError, KeyError, TypeError):
         text = json.loads(text)["error"]
-    except (ValueError, KeyError, TypeError):
-        pass
     return f"{response.status} {text}"

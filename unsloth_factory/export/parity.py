@@ -98,8 +98,8 @@ def _check_prompts(
             if ids != probe.template.encode_prompt(turns, flag):
                 raise UserError(
                     f"{llama.path.name}: gate token parity failed (thinking {mode}): llama.cpp tokenises the prompt of "
-                    f"{turns[-1].content[:60]!r} differently from training. The tokenizer's pre-tokenizer is not the one "
-                    "written into the file; --no_check keeps the file, but it will answer worse than in training."
+                    f"{turns[-1].content[:60]!r} differently from training. The tokenizer's pre-tokenizer is not the "
+                    "one written into the file; --no_check keeps the file, but it will answer worse than in training."
                 )
 
 
@@ -115,9 +115,7 @@ def _chose_trained_mode(found: str, turns: Sequence[Turn], probe: ParityProbe, f
 
 
 def _prompt_message(llama: LlamaCpp, mode: str, expected: str, found: str) -> str:
-    at = next(
-        (i for i, (a, b) in enumerate(zip(expected, found, strict=False)) if a != b), min(len(expected), len(found))
-    )
+    at = len(os.path.commonprefix([expected, found]))
     start = max(0, at - 20)
     advice = (
         "Left unset, llama.cpp chooses enable_thinking by itself for this template; a client must say it: "
@@ -128,14 +126,14 @@ def _prompt_message(llama: LlamaCpp, mode: str, expected: str, found: str) -> st
     return (
         f"{llama.path.name}: gate prompt parity failed (thinking {mode}): training rendered "
         f"...{expected[start : at + 40]!r}, llama.cpp renders ...{found[start : at + 40]!r}. {advice}"
-        "Use a chat template that llama.cpp renders equally (--chat_template at training), or --no_check to keep the file."
+        "Train with a chat template that llama.cpp renders equally (--chat_template), or keep the file with --no_check."
     )
 
 
 def _llama_ids(llama: LlamaCpp, template: ChatTemplate, prompt: str, turns: Sequence[Turn]) -> list[int]:
     """Ids of a rendered prompt by llama.cpp's tokenizer, control tokens typed in the contents as ordinary text.
 
-    The server's own endpoints would turn those into control tokens; whoever serves the file must send ids, as `uf` does.
+    The server's endpoints would turn those into control tokens; whoever serves the file must send ids, as `uf` does.
     """
     ids: list[int] = []
     rest = prompt
@@ -229,7 +227,7 @@ def _check_answers(
 def _greedy_gap(
     reference: np.ndarray, prompt: list[int], row: list[int], stopped: bool, stop_ids: Sequence[int]
 ) -> float:
-    """By how many logits, at most, transformers prefers another token at a position of the answer; 0 when it never does."""
+    """By how many logits, at most, transformers prefers another token within the answer; 0 when never."""
     worst = 0.0
     for at in range(len(prompt), len(row)):
         logits = reference[at - 1]
@@ -246,12 +244,12 @@ def _gate(llama: LlamaCpp, outtype: str, figures: dict[str, Any], worst_gap: flo
     limit = KL_LIMITS[outtype]
     if not figures["kl_max"] <= limit:
         raise UserError(
-            f"{llama.path.name}: gate KL failed: max KL divergence from transformers {figures['kl_max']:.2e} nats, limit "
-            f"{limit:.0e} for {outtype}. Convert with --outtype bf16 or f32, or use --no_check to keep the file."
+            f"{llama.path.name}: gate KL failed: max KL divergence from transformers {figures['kl_max']:.2e} nats, "
+            f"limit {limit:.0e} for {outtype}. Convert with --outtype bf16 or f32, or use --no_check to keep the file."
         )
     if worst_gap:
         raise UserError(
-            f"{llama.path.name}: gate greedy answers failed: {figures['greedy_equal']} of {figures['greedy_prompts']} equal "
-            f"transformers', limit all; it prefers another token by {worst_gap:.3f} logits. Convert with --outtype f32, or "
-            "use --no_check to keep the file."
+            f"{llama.path.name}: gate greedy answers failed: {figures['greedy_equal']} of {figures['greedy_prompts']} "
+            f"equal transformers', limit all; it prefers another token by {worst_gap:.3f} logits. Convert with --outtype "
+            "f32, or use --no_check to keep the file."
         )

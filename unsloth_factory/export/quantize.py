@@ -29,11 +29,11 @@ FILE_TYPES = {
 }  # fmt: skip
 NEED_IMPORTANCE_MATRIX = ("iq1_m", "iq1_s", "iq2_m", "iq2_s", "iq2_xs", "iq2_xxs", "iq3_xs", "iq3_xxs", "q2_k_s")
 SOURCE_TYPES = {"F32", "F16", "BF16"}
-# Types whose blocks are whole rows of 256 values, and what the main weights of each file type should be.
+# Tensor type that most matrices of a file type have.
 MAIN_TYPES = {
-    "q8_0": "Q8_0", "q6_k": "Q6_K", "q5_k_m": "Q5_K", "q5_k_s": "Q5_K", "q5_1": "Q5_1", "q5_0": "Q5_0", "q4_k_m": "Q4_K",
-    "q4_k_s": "Q4_K", "q4_1": "Q4_1", "q4_0": "Q4_0", "iq4_nl": "IQ4_NL", "iq4_xs": "IQ4_XS", "q3_k_l": "Q3_K",
-    "q3_k_m": "Q3_K", "q3_k_s": "Q3_K", "q2_k": "Q2_K", "iq3_s": "IQ3_S", "iq3_m": "IQ3_S",
+    "q8_0": "Q8_0", "q6_k": "Q6_K", "q5_k_m": "Q5_K", "q5_k_s": "Q5_K", "q5_1": "Q5_1", "q5_0": "Q5_0",
+    "q4_k_m": "Q4_K", "q4_k_s": "Q4_K", "q4_1": "Q4_1", "q4_0": "Q4_0", "iq4_nl": "IQ4_NL", "iq4_xs": "IQ4_XS",
+    "q3_k_l": "Q3_K", "q3_k_m": "Q3_K", "q3_k_s": "Q3_K", "q2_k": "Q2_K", "iq3_s": "IQ3_S", "iq3_m": "IQ3_S",
     "f16": "F16", "bf16": "BF16", "f32": "F32",
 }  # fmt: skip
 TIMEOUT = 4 * 3600.0
@@ -107,8 +107,8 @@ def _refuse_quantized(source: Path, header: GgufHeader) -> None:
     found = sorted(set(header.type_counts()) - SOURCE_TYPES)
     if found:
         raise UserError(
-            f"{source} holds {', '.join(found)} tensors: it is quantised already, and quantising again would add a second "
-            "rounding. Give the f16 or bf16 file (uf gguf)."
+            f"{source} holds {', '.join(found)} tensors: it is quantised already, and quantising again would add a "
+            "second rounding. Give the f16 or bf16 file (uf gguf)."
         )
 
 
@@ -131,7 +131,7 @@ def _quantize_one(source: Path, before: GgufHeader, target: Path, name: str, thr
     fallbacks = find_fallbacks(after, name)
     size = target.stat().st_size
     weights = sum(_elements(tensor.shape) for tensor in after.tensors)
-    figures = {
+    figures: dict[str, Any] = {
         "type": name,
         "types": after.type_counts(),
         "fallbacks": fallbacks,
@@ -141,8 +141,8 @@ def _quantize_one(source: Path, before: GgufHeader, target: Path, name: str, thr
     if fallbacks:
         example = next(iter(fallbacks))
         say(
-            f"[yellow]{len(fallbacks)} tensors are stored in another type than {name} asks for, because their rows are no "
-            f"multiple of its blocks: {example} as {fallbacks[example]} ...[/yellow]"
+            f"[yellow]{len(fallbacks)} tensors are stored in another type than {name} asks for, because their rows are "
+            f"no multiple of its blocks: {example} as {fallbacks[example]} ...[/yellow]"
         )
     return ExportResult(target, size, time.monotonic() - started, figures)
 

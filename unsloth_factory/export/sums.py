@@ -41,7 +41,7 @@ def verify_file(path: Path) -> str:
     wanted = read_sums(path.parent).get(path.name)
     if wanted is not None and wanted != digest:
         raise UserError(
-            f"{path} is not the file that was exported: its SHA-256 differs from {SUMS_NAME}. Copy it again, or make it "
-            "again (uf gguf, uf quantize)."
+            f"{path} is not the file that was exported: its SHA-256 differs from {SUMS_NAME}. Copy it again, or make "
+            "it again (uf gguf, uf quantize)."
         )
     return digest

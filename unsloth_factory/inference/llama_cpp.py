@@ -89,7 +89,7 @@ class LlamaCpp:
     def _checked(self, ids: Sequence[int]) -> list[int]:
         if not 0 < len(ids) <= self.max_positions:
             raise UserError(
-                f"{self.path.name}: a prompt of {len(ids)} tokens; the model takes 1 to {self.max_positions}. Shorten it."
+                f"{self.path.name}: a prompt of {len(ids)} tokens; the model takes 1 to {self.max_positions}."
             )
         return [int(token) for token in ids]
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import http.client
 import json
 import secrets
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -120,7 +119,8 @@ class Decoder:
         ids, stops = request["ids"], set(request["stop_ids"])
         self._require_context(len(ids) + request["max_new_tokens"])
         self._feed_prompt(ids)
-        sampler, answer = self._sampler(request), []
+        sampler = self._sampler(request)
+        answer: list[int] = []
         while len(answer) < request["max_new_tokens"]:
             token = sampler.sample(self.context, -1)
             if token in stops:
@@ -187,4 +187,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
