@@ -56,6 +56,8 @@ def test_bad_rows_are_counted(tmp_path):
     assert report.skipped == {"empty answer": 1, "empty question": 1}
     assert report.skipped_examples == ["a.jsonl:4 empty answer", "a.jsonl:5 empty question"]
     assert report.notes == {"exact duplicates": 1}
+    same = write_rows(tmp_path / "b.jsonl", [{"question": "q", "answer": "q"}, *qa("1")])
+    assert load_conversations(DataSettings(dataset=same))[1].notes == {"answer equals question": 1}
 
 
 def test_mostly_bad_files_are_refused(tmp_path):

@@ -96,6 +96,14 @@ def test_trained_text(template_of, family, plain, reasoned):
     assert trained_texts(template, template.encode_conversation(conversation(Q2, R2))) == [reasoned]
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_reasoning_that_the_answer_repeats_is_not_lost(template_of, family):
+    template = template_of(family)
+    turn = Turn("assistant", "Avoid it, of course.", "Avoid it")
+    sample = template.encode_conversation(conversation(Q2, turn))[0]
+    assert template.decode_answer(sample.ids[sample.trained].tolist()) == (turn.reasoning, turn.content, [])
+
+
 def test_qwen3_prompts_follow_the_thinking_rule(template_of):
     template = template_of("qwen3")
     assert template.supports_thinking
@@ -161,6 +169,8 @@ def test_stop_ids(tokenizer):
     pad = tokenizer.pad_token_id
     template = ChatTemplate.from_tokenizer(tokenizer, eos_ids=[tokenizer.eos_token_id, pad])
     assert template.stop_ids == (tokenizer.eos_token_id, pad)
+    assert ChatTemplate.from_tokenizer(tokenizer, eos_ids=pad).stop_ids == (tokenizer.eos_token_id, pad)
+    assert ChatTemplate.from_tokenizer(tokenizer, eos_ids=None).stop_ids == (tokenizer.eos_token_id,)
     assert template.stop_strings == ("<|im_end|>", "<|endoftext|>")
     assert template.end_of_turn == "<|im_end|>"
 
@@ -243,7 +253,7 @@ def test_template_that_contradicts_its_generation_prompt(tokenizer_of):
 
 
 def test_sentencepiece_answers_get_no_prefix_space():
-    """Encoded alone, " C" would become two spaces; behind a control token it must not."""
+    """Encoded alone, "C" would become "▁C"; behind a prompt that does not end in a space it must not."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -255,13 +265,26 @@ def test_sentencepiece_answers_get_no_prefix_space():
     own = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>")
     own.chat_template = (
         "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
-        "{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
+        "{% else %}{{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
     )
     template = ChatTemplate.from_tokenizer(own)
     sample = template.encode_conversation(conversation(Turn("user", "abc"), Turn("assistant", "C")))[0]
-    assert own.convert_ids_to_tokens(sample.ids[sample.trained].tolist()) == ["▁C", "</s>"]
-    whole = own("<s>[INST] abc [/INST] C</s>", add_special_tokens=False).input_ids
+    assert own.convert_ids_to_tokens(sample.ids[sample.trained].tolist()) == ["C", "</s>"]
+    whole = own("<s>[INST] abc [/INST]C</s>", add_special_tokens=False).input_ids
     assert sample.ids.tolist() == whole
+
+
+def test_control_tokens_inside_one_another(tokenizer_of):
+    """Cut after its first character "##x" still holds "#x": another place must be found."""
+    own = tokenizer_of("qwen25")
+    own.add_tokens(["##x", "#x"])
+    template = ChatTemplate.from_tokenizer(own)
+    ids = template.encode_text("a##x#xb")
+    assert own.decode(ids) == "a##x#xb"
+    assert not set(ids) & set(own.get_added_vocab().values())
+    own.add_tokens(["§"])
+    with pytest.raises(UserError, match="'§' is a control token"):
+        ChatTemplate.from_tokenizer(own).encode_text("§ 3")
 
 
 def test_real_qwen3(real_qwen3):

@@ -112,6 +112,9 @@ def _load_file(
             problems.append((where, str(problem)))
             continue
         _note(report, "turns of the same role joined", parsed.merged)
+        answer = parsed.chosen or parsed.turns[-1]
+        question = parsed.turns[-1 if parsed.chosen else -2]
+        _note(report, "answer equals question", int(answer.content == question.content))
         items.append(build(parsed, where))
     report.rows += seen
     report.files.append(

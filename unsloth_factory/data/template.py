@@ -50,7 +50,7 @@ class ChatTemplate:
         supports_thinking: The template has an enable_thinking switch.
     """
 
-    def __init__(self, tokenizer: Any, source: str, *, eos_ids: Sequence[int] = ()) -> None:
+    def __init__(self, tokenizer: Any, source: str, *, eos_ids: Sequence[int] | int | None = ()) -> None:
         self.tokenizer = tokenizer
         self.source = source
         self.sha256 = hashlib.sha256(source.encode("utf-8")).hexdigest()
@@ -62,19 +62,20 @@ class ChatTemplate:
         self.end_of_turn = self._find_end_of_turn()
         self.end_of_turn_id = self._control.ids[self.end_of_turn]
         eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-        self.stop_ids = tuple(dict.fromkeys([self.end_of_turn_id, *eos, *eos_ids]))
+        further = [eos_ids] if isinstance(eos_ids, int) else list(eos_ids or ())
+        self.stop_ids = tuple(dict.fromkeys([self.end_of_turn_id, *eos, *further]))
         self.stop_strings = tuple(tokenizer.convert_ids_to_tokens(list(self.stop_ids)))
 
     @classmethod
     def from_tokenizer(
-        cls, tokenizer: Any, override: str | None = None, *, eos_ids: Sequence[int] = ()
+        cls, tokenizer: Any, override: str | None = None, *, eos_ids: Sequence[int] | int | None = ()
     ) -> ChatTemplate:
         """The tokenizer's template, or `override`: the built-in name chatml, or a Jinja file.
 
         Args:
             tokenizer: A transformers tokenizer.
             override: Value of --chat_template.
-            eos_ids: Further stop tokens: eos_token_id of generation_config.json.
+            eos_ids: Further stop tokens: eos_token_id of generation_config.json, as it stands there.
 
         Raises:
             UserError: There is no template, or no control token closes its assistant turns.
@@ -215,7 +216,9 @@ class ChatTemplate:
         empty = EMPTY_AT_END.search(prompt)
         if full.startswith(prompt):
             answer = full[len(prompt) :]
-            if reasoning in answer:
+            block, close, _ = answer.partition(CLOSE)
+            # Contents are protected: a </think> here is the template's own.
+            if not reasoning or (close and reasoning in block):
                 return answer
         elif opened and full.startswith(prompt[: opened.start()]):
             answer = full[opened.start() :]

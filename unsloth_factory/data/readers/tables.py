@@ -81,7 +81,7 @@ def read_parquet(path: Path) -> Iterator[Row]:
             for values in batch.to_pylist():
                 number += 1
                 yield Row(number, values)
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise UserError(f"{path}: not a readable parquet file ({error}). Write or download it again.") from None
 
 
