@@ -46,7 +46,7 @@ def run(config: EvaluateConfig) -> int:
     target = resolved.results("evaluation_results", config.save_dir)
     print_report(result.report, console)
     for path in save(result, target, benchmark.name):
-        console.print(f"saved {path}", highlight=False, markup=False)
+        console.print(f"saved {path}", highlight=False, markup=False, soft_wrap=True)
     return 0
 
 

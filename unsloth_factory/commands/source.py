@@ -118,7 +118,7 @@ def load_source(resolved: ResolvedModel, console: Console) -> tuple[LoadedModel,
     loaded = load_model(resolved.settings, quantization_bit=resolved.quantization_bit)
     for line in (f"engine {loaded.engine}: {loaded.engine_reason}", loaded.device_reason, *loaded.notes):
         if line:
-            console.print(line, style="dim", highlight=False, markup=False)
+            console.print(line, style="dim", highlight=False, markup=False, soft_wrap=True)
     return loaded, source_template(resolved, loaded.tokenizer, loaded.generation_defaults.get("eos_token_id"))
 
 

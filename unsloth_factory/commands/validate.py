@@ -48,7 +48,7 @@ def run(config: ValidateConfig) -> int:
         write_json(folder / "validation.json", result.report.to_dict()),
         write_text(folder / "samples.jsonl", "".join(lines)),
     ):
-        console.print(f"saved {path}", highlight=False, markup=False)
+        console.print(f"saved {path}", highlight=False, markup=False, soft_wrap=True)
     return 0
 
 

@@ -17,21 +17,22 @@ MANY_SUBJECTS = 12
 def print_report(report: EvalReport, console: Console) -> None:
     """Print the metrics, what a benchmark has beyond them, and the notes."""
     if any(report.metrics.values()):
+        console.print(f"{report.task}: {report.n} questions; value ± standard error", highlight=False)
         console.print(metrics_table(report))
         console.print(_conclusion(report), highlight=False)
     subjects = report.details.get("subjects", {})
     if 1 < len(subjects) <= MANY_SUBJECTS:
         console.print(_subjects_table(subjects, list(report.metrics)))
     for line in _letters(report):
-        console.print(line, highlight=False)
+        console.print(line, highlight=False, soft_wrap=True)
     for note in report.notes:
-        console.print(f"note: {note}", style="yellow", highlight=False, markup=False)
+        console.print(f"note: {note}", style="yellow", highlight=False, markup=False, soft_wrap=True)
 
 
 def metrics_table(report: EvalReport) -> Table:
     """One row a metric: base, tuned, the difference and whether it is one."""
     variants = list(report.metrics)
-    table = Table(title=f"{report.task}: {report.n} questions (value ± standard error)")
+    table = Table()
     table.add_column("metric")
     for variant in variants:
         table.add_column(variant, justify="right")
