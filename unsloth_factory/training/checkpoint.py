@@ -55,8 +55,11 @@ def claim(folder: RunFolder, settings: RunSettings, say: Callable[[str], None] =
     """
     if settings.resume and settings.overwrite:
         raise UsageError(f"--resume {settings.resume} and --overwrite exclude each other: continue, or start anew")
+    store = CheckpointStore(folder.path, settings, say)
+    if os.environ.get("RANK", "0") != "0":
+        yield store  # under `accelerate launch` the first process holds the folder, and alone writes
+        return
     with folder.lock():
-        store = CheckpointStore(folder.path, settings, say)
         store.remove_leftovers()
         found = store.steps()
         results = [path for path in (folder.final_adapter, folder.final_model) if path.exists()]

@@ -10,6 +10,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from unsloth_factory.config.errors import Stopped, UserError
 from unsloth_factory.data.types import Conversation
 from unsloth_factory.run.atomic import partial, publish_folder, require_free_space, write_text
@@ -52,15 +54,19 @@ def begin(session: Session) -> None:
     else:
         _check_continuation(session, checkpoint)
         restore(session, checkpoint)
-        job.store.discard_after(checkpoint.step)
+        if session.accelerator.is_main_process:
+            job.store.discard_after(checkpoint.step)
         session.resumed_from = checkpoint.step
         session.progress.say(f"Resumed from {checkpoint.path} at step {checkpoint.step}")
     if session.accelerator.is_main_process:
         _write_run_files(job)
+    session.accelerator.wait_for_everyone()
 
 
 def _start_afresh(session: Session) -> None:
     job = session.job
+    if not session.accelerator.is_main_process:
+        return
     copies = job.run.save_total_limit + 1  # the newest is written before the oldest is deleted
     require_free_space(job.folder.path, copies * session.checkpoint_bytes, f"Training with {copies} checkpoints")
     if job.run.overwrite:
@@ -85,7 +91,8 @@ def restore(session: Session, checkpoint: Checkpoint) -> None:
         session.accelerator.scaler.load_state_dict(checkpoint.state["scaler"])
     session.state.load(checkpoint.state["loop"])
     here = checkpoint.path.resolve().parent == job.folder.path.resolve()
-    session.metrics.start(checkpoint.state["metrics_bytes"] if here else 0, session.progress.say)
+    if session.accelerator.is_main_process:
+        session.metrics.start(checkpoint.state["metrics_bytes"] if here else 0, session.progress.say)
 
 
 def _write_run_files(job: TrainingJob) -> None:
@@ -145,8 +152,6 @@ def _stop_signal(session: Session, stop: StopSignals) -> int:
     received = stop.received or 0
     if session.accelerator.num_processes == 1:
         return received
-    import torch
-
     flag = torch.tensor([received], device=session.accelerator.device)
     return int(session.accelerator.gather(flag).max())
 

@@ -33,7 +33,8 @@ def plot_loss(lines: Sequence[dict[str, Any]], path: Path, title: str) -> Path:
     evaluated = [(line["step"], line["eval_loss"]) for line in lines if line.get("eval_loss") is not None]
     if evaluated:
         axes.plot(*zip(*evaluated, strict=True), "o-", color="tab:orange", label="evaluation loss")
-    axes.set(title=title, xlabel="optimizer step", ylabel="loss")
+    # matplotlib's own font has no Chinese: a title of empty boxes says less than none
+    axes.set(title=title if title.isascii() else "", xlabel="optimizer step", ylabel="loss")
     axes.grid(alpha=0.3)
     rate_axes = axes.twinx()
     rate_axes.plot(

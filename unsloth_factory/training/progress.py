@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from types import TracebackType
 
@@ -16,7 +17,8 @@ class Progress:
     """Prints lines and the progress of the steps. A context manager; the live line lives inside it."""
 
     def __init__(self, console: Console | None, logging_steps: int) -> None:
-        self.console = console or Console()
+        # under `accelerate launch` the first process speaks for all
+        self.console = Console(quiet=True) if os.environ.get("RANK", "0") != "0" else console or Console()
         self.logging_steps = logging_steps
         # rich redraws a whole output cell in a notebook; plain lines read better there
         self.live = self.console.is_terminal and not self.console.is_jupyter

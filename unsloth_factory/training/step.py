@@ -37,25 +37,21 @@ class StepResult:
 
 
 class _Sums:
-    """Adds up micro-batches on the device and divides once."""
+    """Adds up micro-batches on the device and divides once: the loss first, then the method's further figures."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.total = torch.zeros((), dtype=torch.float32, device=device)
-        self.metrics: dict[str, torch.Tensor] = {}
-        self.counts: dict[str, int] = {}
+    def __init__(self, session: Session) -> None:
+        self.session = session
+        self.names = session.job.method.figures
+        self.values = torch.zeros(1 + len(self.names), dtype=torch.float32, device=session.job.loaded.device)
 
     def add(self, part: LossSum) -> None:
-        self.total += part.total.detach().float()
-        for name, (value, count) in part.metrics.items():
-            self.metrics[name] = self.metrics.get(name, torch.zeros_like(self.total)) + value
-            self.counts[name] = self.counts.get(name, 0) + count
+        parts = [part.total.detach(), *(part.metrics[name] for name in self.names)]
+        self.values += torch.stack(parts).to(self.values)
 
-    def means(self, session: Session, count: int) -> tuple[torch.Tensor, dict[str, float]]:
-        names = sorted(self.metrics)
-        sums = _reduce(session, torch.stack([self.total, *(self.metrics[name] for name in names)]))
-        counts = _reduce(session, torch.tensor([float(self.counts[name]) for name in names], device=sums.device))
-        values = (sums[1:] / counts).tolist() if names else []
-        return sums[0] / count, dict(zip(names, values, strict=True))
+    def means(self, count: int) -> tuple[torch.Tensor, dict[str, float]]:
+        """Over all processes, one that had no micro-batch of this step included."""
+        means = _reduce(self.session, self.values) / count
+        return means[0], dict(zip(self.names, means[1:].tolist() if self.names else [], strict=True))
 
 
 def run_step(session: Session, step: int) -> StepResult:
@@ -70,14 +66,14 @@ def run_step(session: Session, step: int) -> StepResult:
     for group in session.optimizer.param_groups:
         group["lr"] = session.rate(step)
     session.optimizer.zero_grad()
-    sums = _Sums(session.job.loaded.device)
+    sums = _Sums(session)
     for batch in batches:
         with session.accelerator.autocast():
             part = session.job.method.loss(session.job.loaded, batch)
         session.accelerator.backward(part.total / count)
         sums.add(part)
     _reduce_gradients(session)
-    loss, metrics = sums.means(session, count)
+    loss, metrics = sums.means(count)
     return _update(session, loss, metrics, batches)
 
 
@@ -118,7 +114,7 @@ def evaluate(session: Session, stop: Callable[[], bool]) -> tuple[float, dict[st
     job, accelerator = session.job, session.accelerator
     size = job.loop.batch_size
     starts = range(0, len(job.eval_items), size)[accelerator.process_index :: accelerator.num_processes]
-    sums, count = _Sums(job.loaded.device), 0
+    sums, count = _Sums(session), 0
     job.loaded.model.eval()
     try:
         with torch.no_grad():
@@ -132,7 +128,7 @@ def evaluate(session: Session, stop: Callable[[], bool]) -> tuple[float, dict[st
                 count += part.count
     finally:
         job.loaded.model.train()
-    loss, metrics = sums.means(session, int(_reduce_number(session, count)))
+    loss, metrics = sums.means(int(_reduce_number(session, count)))
     return loss.item(), metrics
 
 

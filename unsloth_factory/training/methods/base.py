@@ -25,9 +25,8 @@ class LossSum:
     """Sum of the loss over the units, scalar float32, differentiable."""
     count: int
     """Units summed: trained tokens (SFT), pairs (DPO)."""
-    metrics: dict[str, tuple[float | torch.Tensor, int]] = field(default_factory=dict)
-    """Name -> (sum, count) of further figures, summed over micro-batches and divided once, like the loss. A sum may
-    stay on the device, so that a micro-batch need not wait for it."""
+    metrics: dict[str, torch.Tensor] = field(default_factory=dict)
+    """The method's `figures`, each summed over the same units; left on the device, so that no micro-batch waits."""
 
 
 class Method(Protocol):
@@ -36,6 +35,8 @@ class Method(Protocol):
     name: str
     unit: str
     """What the loss is averaged over, for messages: "token" or "pair"."""
+    figures: tuple[str, ...]
+    """Names of what `loss` gives beside the loss; metrics.jsonl has them under these names."""
 
     def prepare(self, loaded: LoadedModel, tuning: TuningSettings) -> None:
         """Check that the method fits the model and note what it needs of the untrained weights.

@@ -31,6 +31,7 @@ class Dpo:
 
     name = "dpo"
     unit = "pair"
+    figures = ("rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins")
 
     def __init__(self, beta: float = 0.1) -> None:
         if beta <= 0:
@@ -75,16 +76,11 @@ class Dpo:
         pairs = self.count(batch)
         rewards = self.beta * (policy - reference)  # [2 * pairs], chosen first
         chosen, rejected = rewards[:pairs], rewards[pairs:]
-        figures = {
-            "rewards/chosen": chosen,
-            "rewards/rejected": rejected,
-            "rewards/accuracies": (chosen > rejected).float(),
-            "rewards/margins": chosen - rejected,
-        }
+        values = (chosen, rejected, (chosen > rejected).float(), chosen - rejected)
         return LossSum(
             total=-F.logsigmoid(chosen - rejected).sum(),
             count=pairs,
-            metrics={name: (value.detach().sum(), pairs) for name, value in figures.items()},
+            metrics={name: value.detach().sum() for name, value in zip(self.figures, values, strict=True)},
         )
 
     def _reference_policy(self, loaded: LoadedModel) -> AbstractContextManager[None]:

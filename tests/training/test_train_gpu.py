@@ -1,0 +1,90 @@
+"""What only a GPU shows: 16-bit precision, the loss scaler, pageable optimizer state, recomputed activations."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from training_jobs import make_job, samples
+
+from unsloth_factory.config.settings import ModelSettings, RunSettings, TuningSettings
+from unsloth_factory.model.load import load_model
+from unsloth_factory.run.atomic import sha256
+from unsloth_factory.run.folder import RunFolder
+from unsloth_factory.training.checkpoint import claim
+from unsloth_factory.training.job import TrainResult
+from unsloth_factory.training.loop import train
+from unsloth_factory.training.methods import Dpo, LossSum, Sft
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+TUNING = TuningSettings(lora_r=64, quantization_bit=4)
+
+
+def run(folder: Path, model: Path, dtype: torch.dtype, resume: str | None = None, **changes: Any) -> TrainResult:
+    loaded = load_model(
+        ModelSettings(model=str(model)), quantization_bit=4, dtype=dtype, for_training=True, tuning=TUNING
+    )
+    settings = RunSettings(save_steps=3, save_total_limit=9, resume=resume)
+    with claim(RunFolder(folder), settings) as store:
+        return train(make_job(folder, loaded, store, tuning=TUNING, **changes))
+
+
+def curve(folder: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def adapter(folder: Path) -> str:
+    return sha256(folder / "final_adapter" / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("optimizer", ["adamw", "paged_adamw_8bit"])
+def test_resume_on_a_gpu(random_model_dir: Path, tmp_path: Path, dtype: torch.dtype, optimizer: str) -> None:
+    changes = {"loop": {"optimizer": optimizer}}
+    run(tmp_path / "a", random_model_dir, dtype, **changes)
+    before = adapter(tmp_path / "a")
+    losses = curve(tmp_path / "a")
+    result = run(tmp_path / "a", random_model_dir, dtype, resume="checkpoint-3", **changes)
+    assert result.resumed_from == 3
+    assert curve(tmp_path / "a") == pytest.approx(losses, rel=1e-3)
+    assert adapter(tmp_path / "a") == before
+
+
+def test_padded_is_packed(random_model_dir: Path, tmp_path: Path) -> None:
+    for name, no_packing in (("packed", False), ("padded", True)):
+        run(tmp_path / name, random_model_dir, torch.bfloat16, loop={"no_packing": no_packing})
+    assert curve(tmp_path / "packed") == pytest.approx(curve(tmp_path / "padded"), rel=2e-2)
+
+
+def test_dpo_starts_at_log_two(random_model_dir: Path, tmp_path: Path) -> None:
+    from training_jobs import pairs
+
+    run(tmp_path, random_model_dir, torch.float16, method=Dpo(), train_items=pairs(8))
+    assert curve(tmp_path)[0] == pytest.approx(math.log(2), abs=1e-3)
+
+
+def test_overflow_is_the_scalers_business(random_model_dir: Path, tmp_path: Path) -> None:
+    class Loud(Sft):
+        """A gradient that overflows float16 under the first loss scales."""
+
+        def loss(self, loaded: Any, batch: Any) -> LossSum:
+            part = super().loss(loaded, batch)
+            return LossSum(part.total * 1e5, part.count)
+
+    result = run(
+        tmp_path,
+        random_model_dir,
+        torch.float16,
+        method=Loud(),
+        train_items=samples(40),
+        loop={"max_steps": 24, "learning_rate": 1e-4},
+    )
+    assert result.scaler_skips > 0
+    assert result.skipped_steps == 0
+    assert result.steps - result.scaler_skips > 0
+    state = json.loads((tmp_path / "checkpoint-24" / "state.json").read_text())
+    assert 0 < state["scaler"]["scale"] < 65536
