@@ -252,6 +252,18 @@ def test_template_that_contradicts_its_generation_prompt(tokenizer_of):
         ChatTemplate.from_tokenizer(odd).encode_conversation(conversation(Q1, A1))
 
 
+def test_empty_block_in_the_generation_prompt_alone(tokenizer_of):
+    """Templates that switch thinking off by an empty block, but render finished turns without it."""
+    own = tokenizer_of("qwen25")
+    block = "{% if enable_thinking is defined and not enable_thinking %}{{ '<think>\\n\\n</think>\\n\\n' }}{% endif %}"
+    own.chat_template = own.chat_template.removesuffix("{% endif %}") + block + "{% endif %}"
+    template = ChatTemplate.from_tokenizer(own)
+    assert template.supports_thinking
+    for turns in CONVERSATIONS.values():
+        check_parity(template, turns)
+    assert trained_texts(template, template.encode_conversation(conversation(Q2, A2))) == ["Avoid it.<|im_end|>"]
+
+
 def test_sentencepiece_answers_get_no_prefix_space():
     """Encoded alone, "C" would become "▁C"; behind a prompt that does not end in a space it must not."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
