@@ -44,7 +44,8 @@ class BaseTensors:
                 f"--base_weights as_trained: the base was quantised as {rounding}, only 4-bit NF4 can be repeated. "
                 "Use --base_weights original."
             )
-        self._weights = BaseWeights(folder, rounding)
+        # The GPU rounds some block means differently in the last bit: repeat it where the training most likely was.
+        self._weights = BaseWeights(folder, rounding, "cuda" if rounding and torch.cuda.is_available() else "cpu")
         self._files = WeightFolder(folder)
         self._names = dict.fromkeys(self._weights.names())
         self._config = read_json(folder / "config.json")

@@ -6,6 +6,7 @@ transformers in float32 on the stored merged weights.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -250,6 +251,6 @@ def _gate(llama: LlamaCpp, outtype: str, figures: dict[str, Any], worst_gap: flo
     if worst_gap:
         raise UserError(
             f"{llama.path.name}: gate greedy answers failed: {figures['greedy_equal']} of {figures['greedy_prompts']} "
-            f"equal transformers', limit all; it prefers another token by {worst_gap:.3f} logits. Convert with --outtype "
-            "f32, or use --no_check to keep the file."
+            f"equal transformers', limit all; it prefers another token by {worst_gap:.3f} logits. Convert with "
+            "--outtype f32, or use --no_check to keep the file."
         )

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from unsloth_factory.config.errors import UsageError, UserError
 from unsloth_factory.export.progress import say
