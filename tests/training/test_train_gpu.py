@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from training_jobs import make_job, samples
+from training_jobs import make_job, pairs, samples
 
 from unsloth_factory.config.settings import ModelSettings, RunSettings, TuningSettings
 from unsloth_factory.model.load import load_model
@@ -21,7 +21,8 @@ from unsloth_factory.training.loop import train
 from unsloth_factory.training.methods import Dpo, LossSum, Sft
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
-TUNING = TuningSettings(lora_r=64, quantization_bit=4)
+# 64 x 2,048 values a matrix: bitsandbytes keeps moments in pageable memory from 100,000 on
+TUNING = TuningSettings(lora_r=2048, quantization_bit=4)
 
 
 def run(folder: Path, model: Path, dtype: torch.dtype, resume: str | None = None, **changes: Any) -> TrainResult:
@@ -61,8 +62,6 @@ def test_padded_is_packed(random_model_dir: Path, tmp_path: Path) -> None:
 
 
 def test_dpo_starts_at_log_two(random_model_dir: Path, tmp_path: Path) -> None:
-    from training_jobs import pairs
-
     run(tmp_path, random_model_dir, torch.float16, method=Dpo(), train_items=pairs(8))
     assert curve(tmp_path)[0] == pytest.approx(math.log(2), abs=1e-3)
 

@@ -37,6 +37,8 @@ class LoopState:
     """Steps in a row that were not finite."""
     rewound: bool = False
     """The run has been set back to a checkpoint once."""
+    micro_batch: int | None = None
+    """Samples in one micro-batch after the memory ran out; None: as --batch_size says."""
     last_loss: float | None = None
     eval_loss: float | None = None
     eval_metrics: dict[str, float] = field(default_factory=dict)
@@ -74,6 +76,11 @@ class Session:
     def packing(self) -> bool:
         """Samples of a micro-batch share one row."""
         return not self.job.loop.no_packing
+
+    @property
+    def micro_batch(self) -> int:
+        """Samples in one micro-batch."""
+        return self.state.micro_batch or self.job.loop.batch_size
 
     @property
     def pad_id(self) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from unsloth_factory.config.errors import UserError
 from unsloth_factory.data.batching import Batch
 from unsloth_factory.training.methods.base import LossSum
 from unsloth_factory.training.session import Session
@@ -60,6 +61,16 @@ def run_step(session: Session, step: int) -> StepResult:
     The gradient is that of (sum of the loss over the step) / (units of the whole step). With several processes each
     takes its share of the micro-batches, and sums are added over the processes: the result is the same.
     """
+    gradients = _gradients(session, step)
+    while gradients is None:
+        _halve_micro_batch(session, step)
+        gradients = _gradients(session, step)
+    batches, loss, metrics = gradients
+    return _update(session, loss, metrics, batches)
+
+
+def _gradients(session: Session, step: int) -> tuple[list[Batch], torch.Tensor, dict[str, float]] | None:
+    """Leave the step's gradients in the parameters; None when the GPU's memory ran out (no weight has changed then)."""
     _seed(session, step)
     batches = step_batches(session, step)
     count = int(_reduce_number(session, sum(session.job.method.count(batch) for batch in batches)))
@@ -67,14 +78,42 @@ def run_step(session: Session, step: int) -> StepResult:
         group["lr"] = session.rate(step)
     session.optimizer.zero_grad()
     sums = _Sums(session)
-    for batch in batches:
-        with session.accelerator.autocast():
-            part = session.job.method.loss(session.job.loaded, batch)
-        session.accelerator.backward(part.total / count)
-        sums.add(part)
+    try:
+        for batch in batches:
+            with session.accelerator.autocast():
+                part = session.job.method.loss(session.job.loaded, batch)
+            session.accelerator.backward(part.total / count)
+            sums.add(part)
+    except torch.OutOfMemoryError:
+        if session.accelerator.num_processes > 1:
+            raise  # the others are already waiting for this process's gradients
+        return None
     _reduce_gradients(session)
-    loss, metrics = sums.means(count)
-    return _update(session, loss, metrics, batches)
+    return batches, *sums.means(count)
+
+
+def _halve_micro_batch(session: Session, step: int) -> None:
+    """Go on with half the samples in a micro-batch: the step has the same samples, and the same result.
+
+    Raises:
+        UserError: There is but one sample in it.
+    """
+    session.optimizer.zero_grad()
+    if session.job.loaded.device.type == "cuda":
+        torch.cuda.empty_cache()
+    size = session.micro_batch
+    if size == 1:
+        longest = max(batch.input_ids.numel() for batch in step_batches(session, step))
+        raise UserError(
+            f"Out of GPU memory in step {step + 1} with one sample in a micro-batch (up to {longest:,} tokens). "
+            "Use a shorter --max_seq_length, --quantization_bit 4, --optimizer paged_adamw_8bit, a smaller --lora_r, "
+            "or leave out --no_gradient_checkpointing; then start anew with --overwrite."
+        )
+    session.state.micro_batch = size // 2
+    session.progress.say(
+        f"Warning: out of GPU memory in step {step + 1} with {size} samples in a micro-batch; the step is repeated "
+        f"with {size // 2}. Each step keeps its samples; results differ by rounding only."
+    )
 
 
 def _update(session: Session, loss: torch.Tensor, metrics: dict[str, float], batches: list[Batch]) -> StepResult:
@@ -105,14 +144,16 @@ def _update(session: Session, loss: torch.Tensor, metrics: dict[str, float], bat
 def step_batches(session: Session, step: int) -> list[Batch]:
     """This process's micro-batches of one step: a pure function of (seed, step), so there is no loader state."""
     accelerator = session.accelerator
-    micro = session.plan.step(step)[accelerator.process_index :: accelerator.num_processes]
+    planned = session.plan.step(step)[accelerator.process_index :: accelerator.num_processes]
+    size = session.micro_batch
+    micro = [indices[start : start + size] for indices in planned for start in range(0, len(indices), size)]
     return [_make(session, [session.job.train_items[i] for i in indices]) for indices in micro]
 
 
 def evaluate(session: Session, stop: Callable[[], bool]) -> tuple[float, dict[str, float]] | None:
     """Loss and figures on the held-out samples, by the same rule; None when `stop` asked to leave early."""
     job, accelerator = session.job, session.accelerator
-    size = job.loop.batch_size
+    size = session.micro_batch
     starts = range(0, len(job.eval_items), size)[accelerator.process_index :: accelerator.num_processes]
     sums, count = _Sums(session), 0
     job.loaded.model.eval()
