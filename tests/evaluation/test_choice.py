@@ -229,6 +229,7 @@ def test_a_difference_inside_the_error_is_not_called_an_improvement():
 def test_a_verdict_knows_which_direction_is_good():
     assert compare(0.5, 0.2, 0.01, 0.001, better="lower").verdict == "better"
     assert compare(0.5, 0.2, 0.01, 0.2, better="lower").verdict == "no difference beyond the error"
+    assert compare(0.5, 0.52, 0.1, 0.001).verdict == "no difference beyond the error"
     assert compare(10, 90, 1, None, better="neutral").verdict == ""
 
 

@@ -14,7 +14,7 @@ from unsloth_factory.data.types import Conversation, Turn
 from unsloth_factory.evaluation import validate as module
 from unsloth_factory.evaluation.answers import Sample, problems, read_answer, samples_of
 from unsloth_factory.evaluation.tables import print_report, print_worst
-from unsloth_factory.evaluation.validate import Questions, validate
+from unsloth_factory.evaluation.validate import Questions, model_answerers, validate
 from unsloth_factory.inference.generate import Generation
 from unsloth_factory.knowledge import load_pack
 
@@ -106,8 +106,6 @@ def test_the_last_assistant_turn_is_the_reference_and_the_system_prompt_is_added
 class Model:
     """Answers from a table; the adapter makes the difference."""
 
-    max_positions = 100
-
     def __init__(self, base: list[Generation], tuned: list[Generation]) -> None:
         self.answers = {"base": base, "tuned": tuned}
         self.mode = "tuned"
@@ -135,7 +133,8 @@ def answered(monkeypatch):
         samples = [sample(question, reference) for _ in tuned]
         questions = Questions(samples=samples, template=Template(), pack=load_pack("medical"))
         model = Model(base, tuned)
-        result = validate(model, questions, variants, on_progress=lambda *p: seen.append(p))
+        answerers = model_answerers(model, variants)
+        result = validate(answerers, questions, max_positions=100, on_progress=lambda *p: seen.append(p))
         return result, seen
 
     return run

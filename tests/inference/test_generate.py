@@ -145,3 +145,16 @@ def test_only_the_last_position_goes_through_the_head(loaded, monkeypatch):
     monkeypatch.setattr(head, "forward", lambda hidden: (widths.append(hidden.shape[1]), original(hidden))[1])
     choice_logprobs(loaded, random_prompts(loaded, [60, 70]), [[[1], [2]]] * 2)
     assert set(widths) == {1}
+
+
+def test_rows_that_are_done_leave_the_batch_without_disturbing_the_others(loaded):
+    prompts = random_prompts(loaded, [5, 9, 14, 3, 7, 11])
+    sampling = Sampling(temperature=1.5, seed=2)
+    stops = range(0, len(loaded.tokenizer), 8)  # one token in eight ends an answer
+
+    def answers(batch_size):
+        return generate(loaded, prompts, stop_ids=stops, max_new_tokens=30, sampling=sampling, batch_size=batch_size)
+
+    together = answers(6)
+    assert len({len(answer.ids) for answer in together}) >= 4
+    assert together == answers(1)

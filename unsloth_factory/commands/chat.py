@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import secrets
 import sys
 from collections.abc import Iterator
@@ -13,9 +12,10 @@ from rich.console import Console
 
 from unsloth_factory.commands.source import (
     ResolvedModel,
+    gguf_template,
     load_source,
+    require_same_tokenizer,
     resolve_source,
-    source_template,
     system_prompt,
 )
 from unsloth_factory.config.commands import ChatConfig
@@ -27,11 +27,8 @@ from unsloth_factory.inference.interrupts import children_ignore_interrupts
 from unsloth_factory.inference.llama_cpp import LlamaCpp
 from unsloth_factory.inference.sampling import Sampling
 from unsloth_factory.inference.stream import StreamEvent, decoder_of, events, gguf_tokens, stream
-from unsloth_factory.model.paths import resolve_model
-from unsloth_factory.model.standard import load_tokenizer
 
 LEAVE, CLEAR = ("exit", "quit"), "clear"
-PROBE = "你好，血压 120/80。Hello!\n<think>"
 
 
 def run(config: ChatConfig) -> int:
@@ -69,11 +66,11 @@ def _engine(
 
         yield template, answer, loaded.max_positions
         return
-    template = _gguf_template(resolved)
+    template = gguf_template(resolved)
     with children_ignore_interrupts():
         model = LlamaCpp(Path(config.gguf).expanduser())
     with model:
-        _require_same_tokenizer(model, template, resolved)
+        require_same_tokenizer(model, template, resolved)
 
         chosen = config.generation.think_chain
         opened = template.opens_thinking(resolved.thinking if chosen is None else chosen)
@@ -103,22 +100,6 @@ def _run_of(gguf: Path) -> str:
         f"--gguf {gguf} does not lie in a run folder. Give --run FOLDER or --model FOLDER too: its tokenizer and chat "
         "template make the prompts."
     )
-
-
-def _gguf_template(resolved: ResolvedModel) -> ChatTemplate:
-    folder = resolve_model(resolved.settings.model, resolved.settings.hub)
-    defaults = folder / "generation_config.json"
-    eos = json.loads(defaults.read_text(encoding="utf-8")).get("eos_token_id") if defaults.is_file() else None
-    return source_template(resolved, load_tokenizer(folder), eos)
-
-
-def _require_same_tokenizer(model: LlamaCpp, template: ChatTemplate, resolved: ResolvedModel) -> None:
-    ours = template.tokenizer.encode(PROBE, add_special_tokens=False)
-    if model.tokenize(PROBE) != ours:
-        raise UserError(
-            f"{model.path.name} splits text into other tokens than {resolved.settings.model}: it was made from another "
-            "model. Give the --run or --model that it came from."
-        )
 
 
 def talk(session: ChatSession, console: Console) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -11,12 +12,16 @@ from rich.console import Console
 from unsloth_factory.config.errors import UsageError, UserError
 from unsloth_factory.config.settings import FinishedRun, ModelSettings
 from unsloth_factory.data.template import ChatTemplate
+from unsloth_factory.inference.llama_cpp import LlamaCpp
 from unsloth_factory.knowledge import DomainPack, PackError, load_pack
 from unsloth_factory.model.load import load_model
 from unsloth_factory.model.loaded import LoadedModel
+from unsloth_factory.model.paths import resolve_model
+from unsloth_factory.model.standard import load_tokenizer
 from unsloth_factory.run.folder import RunFolder, RunManifest
 
 Variant = Literal["base", "tuned"]
+PROBE = "你好，血压 120/80。Hello!\n<think>"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,6 +131,27 @@ def source_template(resolved: ResolvedModel, tokenizer: Any, eos: int | list[int
     """The chat template that the run was trained with, or the model's own."""
     eos_ids = [eos] if isinstance(eos, int) else list(eos or [])
     return ChatTemplate.from_tokenizer(tokenizer, resolved.settings.chat_template, eos_ids=eos_ids)
+
+
+def gguf_template(resolved: ResolvedModel) -> ChatTemplate:
+    """The chat template for a GGUF file: of the run or model that it was made from, without loading any weight."""
+    folder = resolve_model(resolved.settings.model, resolved.settings.hub)
+    defaults = folder / "generation_config.json"
+    eos = json.loads(defaults.read_text(encoding="utf-8")).get("eos_token_id") if defaults.is_file() else None
+    return source_template(resolved, load_tokenizer(folder), eos)
+
+
+def require_same_tokenizer(model: LlamaCpp, template: ChatTemplate, resolved: ResolvedModel) -> None:
+    """Refuse a GGUF file that was made from another model.
+
+    Raises:
+        UserError: It splits a probe text into other tokens.
+    """
+    if model.tokenize(PROBE) != template.tokenizer.encode(PROBE, add_special_tokens=False):
+        raise UserError(
+            f"{model.path.name} splits text into other tokens than {resolved.settings.model}: it was made from another "
+            "model. Give the --run or --model that it came from."
+        )
 
 
 def domain_pack(resolved: ResolvedModel, domain: str | None) -> DomainPack | None:

@@ -3,18 +3,37 @@
 from __future__ import annotations
 
 import json
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
 from unsloth_factory.commands.progress import counting
-from unsloth_factory.commands.source import ResolvedModel, domain_pack, load_source, resolve_source, system_prompt
+from unsloth_factory.commands.source import (
+    ResolvedModel,
+    domain_pack,
+    gguf_template,
+    load_source,
+    require_same_tokenizer,
+    resolve_source,
+    system_prompt,
+)
 from unsloth_factory.config.commands import ValidateConfig
-from unsloth_factory.config.errors import UsageError
+from unsloth_factory.config.errors import UsageError, UserError
 from unsloth_factory.data.load import load_conversations
 from unsloth_factory.data.split import read_validation_split
+from unsloth_factory.data.template import ChatTemplate
 from unsloth_factory.evaluation.answers import Sample, samples_of
 from unsloth_factory.evaluation.tables import print_report, print_worst
-from unsloth_factory.evaluation.validate import Questions, validate
+from unsloth_factory.evaluation.validate import (
+    Questions,
+    ValidationResult,
+    gguf_answerer,
+    model_answerers,
+    validate,
+)
+from unsloth_factory.inference.gguf_header import read_header
 from unsloth_factory.inference.sampling import Sampling
 from unsloth_factory.knowledge import DomainPack, TermNormalizer
 from unsloth_factory.run.atomic import write_json, write_text
@@ -26,9 +45,39 @@ def run(config: ValidateConfig) -> int:
     resolved = resolve_source(config.source, config.model, quantization_bit=config.quantization_bit)
     pack = domain_pack(resolved, config.data.domain)
     samples = _samples(config, resolved, pack)
-    loaded, template = load_source(resolved, console)
+    folder = resolved.results("validation_results", config.save_dir)
+    if config.gguf:
+        result = _files(config, resolved, partial(_questions, config, resolved, samples, pack), console)
+        names = ("gguf.json", "gguf_samples.jsonl")
+    else:
+        loaded, template = load_source(resolved, console)
+        with counting(console, "answers") as progress:
+            result = validate(
+                model_answerers(loaded, resolved.variants),
+                _questions(config, resolved, samples, pack, template),
+                max_positions=loaded.max_positions,
+                model=resolved.description(loaded),
+                on_progress=progress,
+            )
+        names = ("validation.json", "samples.jsonl")
+    print_report(result.report, console)
+    print_worst(result.report, console)
+    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in result.records]
+    write_json(folder / names[0], result.report.to_dict())
+    write_text(folder / names[1], "".join(lines))
+    console.print(f"saved {folder / names[0]}, {names[1]}", highlight=False, markup=False, soft_wrap=True)
+    return 0
+
+
+def _questions(
+    config: ValidateConfig,
+    resolved: ResolvedModel,
+    samples: list[Sample],
+    pack: DomainPack | None,
+    template: ChatTemplate,
+) -> Questions:
     generation = config.generation
-    questions = Questions(
+    return Questions(
         samples=samples,
         template=template,
         thinking=resolved.thinking if generation.think_chain is None else generation.think_chain,
@@ -37,19 +86,35 @@ def run(config: ValidateConfig) -> int:
         sampling=Sampling(temperature=generation.temperature, top_p=generation.top_p, top_k=generation.top_k),
         batch_size=config.batch_size,
     )
+
+
+def _files(config: ValidateConfig, resolved: ResolvedModel, questions_of: Any, console: Console) -> ValidationResult:
+    """Each GGUF file is a variant, named by its type (the end of its name)."""
+    template = gguf_template(resolved)
+    paths = _gguf_paths(str(config.gguf), resolved)
+    headers = [read_header(path) for path in paths]
+    contexts = [h.metadata.get(f"{h.metadata.get('general.architecture')}.context_length") for h in headers]
+    check = partial(require_same_tokenizer, template=template, resolved=resolved)
     with counting(console, "answers") as progress:
-        description = resolved.description(loaded)
-        result = validate(loaded, questions, resolved.variants, model=description, on_progress=progress)
-    folder = resolved.results("validation_results", config.save_dir)
-    print_report(result.report, console)
-    print_worst(result.report, console)
-    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in result.records]
-    for path in (
-        write_json(folder / "validation.json", result.report.to_dict()),
-        write_text(folder / "samples.jsonl", "".join(lines)),
-    ):
-        console.print(f"saved {path}", highlight=False, markup=False, soft_wrap=True)
-    return 0
+        return validate(
+            {path.stem.rsplit("-", 1)[-1]: gguf_answerer(path, check) for path in paths},
+            questions_of(template),
+            max_positions=min(int(context) if context else 2**31 for context in contexts),
+            model={"model": resolved.settings.model, "files": [str(path) for path in paths], "engine": "llama.cpp"},
+            on_progress=progress,
+        )
+
+
+def _gguf_paths(wanted: str, resolved: ResolvedModel) -> list[Path]:
+    if wanted != "all":
+        return [Path(part.strip()).expanduser() for part in wanted.split(",") if part.strip()]
+    if resolved.folder is None:
+        raise UsageError("--gguf all takes the files of a run folder. Give --run FOLDER, or the files by name.")
+    # The largest first: 16 bit, then ever smaller.
+    found = sorted(resolved.folder.gguf.glob("*.gguf"), key=lambda path: -path.stat().st_size)
+    if not found:
+        raise UserError(f"{resolved.folder.gguf} has no GGUF file. Make one: uf gguf --run {resolved.folder.path}")
+    return found
 
 
 def _samples(config: ValidateConfig, resolved: ResolvedModel, pack: DomainPack | None) -> list[Sample]:
@@ -61,6 +126,5 @@ def _samples(config: ValidateConfig, resolved: ResolvedModel, pack: DomainPack |
         conversations = read_validation_split(resolved.folder.validation_split)
     else:
         raise UsageError("Validate on what? Give --dataset, or --run of a training that held samples out.")
-    return samples_of(conversations, system_prompt(resolved, config.data.system, config.data.domain))[
-        : config.max_samples
-    ]
+    system = system_prompt(resolved, config.data.system, config.data.domain)
+    return samples_of(conversations, system)[: config.max_samples]

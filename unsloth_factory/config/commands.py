@@ -43,6 +43,8 @@ class ValidateConfig:
     """Base and tuned model side by side on the validation samples and the domain pack's rules."""
 
     source: FinishedRun = field(default_factory=FinishedRun)
+    gguf: str | None = None
+    """Answer with these GGUF files through llama.cpp instead, by commas; all takes every one of the run folder."""
     model: ModelSettings = field(default_factory=ModelSettings)
     data: DataSettings = field(default_factory=DataSettings)
     generation: GenerationSettings = field(default_factory=GenerationSettings)

@@ -100,7 +100,7 @@ def print_worst(report: EvalReport, console: Console, shown: int = 3) -> None:
     for sample in [sample for sample in report.details.get("worst", []) if sample["problems"]][:shown]:
         console.print(f"worst: {sample['source']}: {'; '.join(sample['problems'][:3])}", style="red", markup=False)
         for name in ("question", "reference", *report.metrics):
-            console.print(f"  {name}: {_short(sample[name])}", highlight=False, markup=False)
+            console.print(f"  {name}: {_short(sample[name])}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _short(text: str, limit: int = 160) -> str:

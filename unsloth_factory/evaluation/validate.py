@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,8 @@ from unsloth_factory.data.template import ChatTemplate
 from unsloth_factory.evaluation.answers import BINARY, DIRECTIONS, Answer, Sample, badness, problems, read_answer
 from unsloth_factory.evaluation.averages import compare, mean_metric, normal_p
 from unsloth_factory.evaluation.report import Comparison, EvalReport, Metric
-from unsloth_factory.inference.generate import Progress, generate
+from unsloth_factory.inference.generate import Generation, Progress, generate
+from unsloth_factory.inference.llama_cpp import LlamaCpp
 from unsloth_factory.inference.sampling import GREEDY, Sampling
 from unsloth_factory.knowledge import DomainPack
 from unsloth_factory.model.loaded import LoadedModel
@@ -46,20 +48,74 @@ class ValidationResult:
     records: list[dict[str, Any]]
 
 
+Answerer = Callable[[Sequence[list[int]], Questions, "Progress | None"], list[Generation]]
+"""(prompts, settings, progress) -> one answer a prompt."""
+
+
+def model_answerers(loaded: LoadedModel, variants: Sequence[str]) -> dict[str, Answerer]:
+    """What answers for each variant of one loaded model; "base" switches the adapter off."""
+
+    def answerer(variant: str) -> Answerer:
+        def answer(
+            prompts: Sequence[list[int]], questions: Questions, on_progress: Progress | None
+        ) -> list[Generation]:
+            with loaded.adapter_disabled() if variant == "base" else nullcontext():
+                return generate(
+                    loaded,
+                    prompts,
+                    stop_ids=questions.template.stop_ids,
+                    max_new_tokens=questions.max_new_tokens,
+                    sampling=questions.sampling,
+                    batch_size=questions.batch_size,
+                    on_progress=on_progress,
+                )
+
+        return answer
+
+    return {variant: answerer(variant) for variant in variants}
+
+
+def gguf_answerer(path: Path, check: Callable[[LlamaCpp], None]) -> Answerer:
+    """What answers with a GGUF file; it is open only while it answers. `check` may refuse the opened file."""
+
+    def answer(prompts: Sequence[list[int]], questions: Questions, on_progress: Progress | None) -> list[Generation]:
+        made = []
+        sampling = questions.sampling
+        with LlamaCpp(path) as model:
+            check(model)
+            for prompt in prompts:
+                made.append(
+                    model.generate(
+                        prompt,
+                        questions.max_new_tokens,
+                        questions.template.stop_ids,
+                        temperature=sampling.temperature,
+                        top_p=sampling.top_p,
+                        top_k=sampling.top_k,
+                        seed=sampling.seed,
+                    )
+                )
+                if on_progress:
+                    on_progress(len(made), len(prompts))
+        return made
+
+    return answer
+
+
 def validate(
-    loaded: LoadedModel,
+    answerers: Mapping[str, Answerer],
     questions: Questions,
-    variants: Sequence[str],
     *,
+    max_positions: int,
     model: dict[str, Any] | None = None,
     on_progress: Progress | None = None,
 ) -> ValidationResult:
     """Answer every sample with each variant, score the answers and compare.
 
     Args:
-        loaded: The model; "base" answers with its adapter switched off.
+        answerers: variant -> what answers; with "base" and "tuned" the report compares them.
         questions: Samples, template, thinking mode, domain pack and generation settings.
-        variants: ("base", "tuned") or one of them.
+        max_positions: The model's context, tokens; samples that do not fit are left out, and it says so.
         model: Path, adapter, engine and so on, for the report.
         on_progress: Called with (answers done, all), over all variants.
 
@@ -67,46 +123,26 @@ def validate(
         UserError: There is no sample to answer.
     """
     prompts = [questions.template.encode_prompt(sample.prompt, questions.thinking) for sample in questions.samples]
-    fitting = [i for i, prompt in enumerate(prompts) if len(prompt) < loaded.max_positions]
+    fitting = [i for i, prompt in enumerate(prompts) if len(prompt) < max_positions]
     if not fitting:
         raise UserError(
-            f"No validation sample fits the model's context of {loaded.max_positions} tokens."
+            f"No validation sample fits the model's context of {max_positions} tokens."
             if prompts
             else "There is no validation sample with an answer to compare with. Give some with --dataset."
         )
     samples = [questions.samples[i] for i in fitting]
     answers: dict[str, list[Answer]] = {}
-    for number, variant in enumerate(variants):
-        progress = _shifted(on_progress, number, len(variants), len(samples))
-        answers[variant] = _answers(loaded, variant, [prompts[i] for i in fitting], samples, questions, progress)
+    for number, (variant, answer) in enumerate(answerers.items()):
+        progress = _shifted(on_progress, number, len(answerers), len(samples))
+        made = answer([prompts[i] for i in fitting], questions, progress)
+        answers[variant] = [
+            read_answer(generation, sample, questions.template, questions.thinking, questions.pack)
+            for generation, sample in zip(made, samples, strict=True)
+        ]
     notes = []
     if len(fitting) < len(prompts):
         notes.append(f"{len(prompts) - len(fitting)} samples were left out: longer than the model's context.")
     return ValidationResult(_report(questions, samples, answers, notes, dict(model or {})), _records(samples, answers))
-
-
-def _answers(
-    loaded: LoadedModel,
-    variant: str,
-    prompts: Sequence[list[int]],
-    samples: Sequence[Sample],
-    questions: Questions,
-    on_progress: Progress | None,
-) -> list[Answer]:
-    with loaded.adapter_disabled() if variant == "base" else nullcontext():
-        made = generate(
-            loaded,
-            prompts,
-            stop_ids=questions.template.stop_ids,
-            max_new_tokens=questions.max_new_tokens,
-            sampling=questions.sampling,
-            batch_size=questions.batch_size,
-            on_progress=on_progress,
-        )
-    return [
-        read_answer(generation, sample, questions.template, questions.thinking, questions.pack)
-        for generation, sample in zip(made, samples, strict=True)
-    ]
 
 
 def _shifted(on_progress: Progress | None, number: int, variants: int, samples: int) -> Progress | None:
