@@ -154,6 +154,10 @@ def test_overwrite_starts_anew(tmp_path: Path, job_in) -> None:
         ({"loop": {"optimizer": "adamw_8bit"}}, r"--optimizer: was adamw, now adamw_8bit"),
         ({"train_items": samples(18, seed=1)}, r"training samples \(SHA-256\): was \w+, now \w+"),
         ({"tuning": TuningSettings(lora_r=8)}, r"--lora_r: was 4, now 8"),
+        (
+            {"tuning": TuningSettings(lora_r=4, quantization_bit=4)},
+            r"--quantization_bit: was None, now 4",
+        ),
         ({"method": Dpo(), "train_items": pairs(18)}, r"--method: was sft, now dpo"),
     ],
 )

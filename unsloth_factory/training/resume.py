@@ -12,7 +12,7 @@ from unsloth_factory.data.types import TokenPair, TokenSample
 from unsloth_factory.model.loaded import LoadedModel
 
 TUNING_KEYS = (
-    "finetuning_type", "quantization_bit", "lora_r", "lora_alpha", "lora_dropout", "lora_target", "freeze_last_n",
+    "finetuning_type", "lora_r", "lora_alpha", "lora_dropout", "lora_target", "freeze_last_n",
 )  # fmt: skip
 LOOP_KEYS = ("epochs", "max_steps", "lr_scheduler_type", "warmup_ratio", "optimizer", "weight_decay", "max_grad_norm")
 HARMLESS = {
@@ -52,6 +52,8 @@ def fingerprint(
         "method": method,
         "data": data_hash(items),
         "base": loaded.fingerprint,
+        # what was loaded, not what was asked for: the default differs between a GPU and a CPU
+        "quantization_bit": 4 if loaded.quantized else None,
         "chat_template": template_sha256,
         "seed": loop.seed,
         "learning_rate": peak_rate,
