@@ -28,6 +28,7 @@ KL_LIMITS = {"f32": 1e-4, "f16": 1e-4, "bf16": 3e-3, "q8_0": 3e-2}
 # A greedy token may differ only where transformers itself prefers its own by less than this (logits): a near tie.
 GREEDY_GAPS = {"f32": 0.05, "f16": 0.05, "bf16": 0.25}
 ANSWER_TOKENS = 24
+FIXED_QUESTIONS = 8  # of the probe conversations, answered beside the run's own
 MODES: dict[str, bool | None] = {"on": True, "off": False, "unset": None}
 
 
@@ -67,9 +68,9 @@ def check_parity(llama: LlamaCpp, probe: ParityProbe, figures: dict[str, Any]) -
 
 
 def _renderable(probe: ParityProbe) -> list[tuple[Turn, ...]]:
-    """Probe conversations that the template accepts (some know no system role)."""
+    """The run's questions and the probe conversations that the template accepts (some know no system role)."""
     kept = []
-    for turns in probe_conversations(probe.template.control_tokens, probe.system):
+    for turns in (*probe.questions, *probe_conversations(probe.template.control_tokens, probe.system)):
         try:
             probe.template.render_prompt(turns, None)
         except UserError:
@@ -190,9 +191,8 @@ def _check_answers(
     By induction over the positions a greedy answer is transformers' own exactly when its argmax agrees at each of
     them, so one forward pass with streamed weights replaces a generation that would not fit the memory.
     """
-    prompts = [
-        probe.template.encode_prompt(turns, MODES[probe.thinking]) for turns in (*probe.questions, *conversations[:8])
-    ]
+    asked = conversations[: len(probe.questions) + FIXED_QUESTIONS]
+    prompts = [probe.template.encode_prompt(turns, MODES[probe.thinking]) for turns in asked]
     room = min(llama.max_positions, 1024) - ANSWER_TOKENS
     prompts = [ids for ids in prompts if len(ids) <= room]
     answers = [llama.generate(ids, ANSWER_TOKENS, probe.template.stop_ids) for ids in prompts]
