@@ -18,7 +18,9 @@ from unsloth_factory.model.fingerprint import AdapterInfo, fingerprint, write_ad
 @pytest.fixture(scope="session")
 def make_model(request) -> Callable[..., Path]:
     """`make_random_model` of tests/conftest.py."""
-    return request.config.pluginmanager.get_plugin(str(Path(__file__).resolve().parent.parent / "conftest.py")).make_random_model
+    return request.config.pluginmanager.get_plugin(
+        str(Path(__file__).resolve().parent.parent / "conftest.py")
+    ).make_random_model
 
 
 @pytest.fixture(scope="session")

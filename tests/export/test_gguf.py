@@ -21,9 +21,8 @@ from unsloth_factory.inference.gguf_header import read_header
 from unsloth_factory.inference.llama_cpp import LlamaCpp
 from unsloth_factory.run.atomic import verify_sums
 
-LLAMA3_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+LLAMA3_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
 def edit_tokenizer(model: Path, target: Path, edit) -> Path:
@@ -76,10 +75,11 @@ def test_unknown_pre_tokenizer_fails_before_weights_are_read(merged_dir, tmp_pat
 
 def test_a_wrongly_named_pre_tokenizer_fails_the_token_gate(merged_dir, tmp_path, monkeypatch):
     monkeypatch.setattr(gguf_module, "known_pre_tokenizer", lambda _: (True, "gpt-2", ""))
+    # "？应低盐饮食" is one piece for Qwen2's pattern and one token of the fixture; GPT-2's cuts behind the mark.
+    question = (Turn("user", "Sugar, 高血压患者平时需要注意什么？应低盐饮食，按时服药，并定期测量血压。"),)
+    options = GgufOptions(questions=(question,))
     with pytest.raises(UserError, match=r"x-f16.gguf: gate token parity"):
-        # "？应低盐饮食" is one piece for Qwen2's pattern and one token of the fixture; GPT-2's cuts behind the mark.
-        question = (Turn("user", "Sugar, 高血压患者平时需要注意什么？应低盐饮食，按时服药，并定期测量血压。"),)
-        convert(merged_dir, tmp_path / "x-f16.gguf", GgufOptions(questions=(question,)))
+        convert(merged_dir, tmp_path / "x-f16.gguf", options)
     assert not (tmp_path / "x-f16.gguf").exists()
     entry = json.loads((tmp_path / "parity.json").read_text(encoding="utf-8"))
     assert entry["token_parity"] is False
@@ -149,7 +149,10 @@ def test_thinking_chosen_by_llama_cpp_must_be_the_trained_mode(merged_dir, monke
 
 
 def test_nan_and_overflow_are_refused(merged_dir, tmp_path):
-    for name, value, message in (("nan", float("nan"), "NaN or infinite"), ("big", 1e5, r"1e\+05, float16 ends at 65504")):
+    for name, value, message in (
+        ("nan", float("nan"), "NaN or infinite"),
+        ("big", 1e5, r"1e\+05, float16 ends at 65504"),
+    ):
         shutil.copytree(merged_dir, tmp_path / name)
         tensors = {key: tensor.float() for key, tensor in load_file(merged_dir / "model.safetensors").items()}
         tensors["model.layers.0.mlp.up_proj.weight"][0, 0] = value
@@ -180,7 +183,10 @@ def test_code_in_the_model_folder_is_never_run(merged_dir, tmp_path):
     marker = tmp_path / "ran"
     (tmp_path / "m" / "evil.py").write_text(f"open({str(marker)!r}, 'w')\nclass Evil: pass\n")
     path = tmp_path / "m" / "tokenizer_config.json"
-    config = json.loads(path.read_text()) | {"auto_map": {"AutoTokenizer": ["evil.Evil", None]}, "tokenizer_class": "Evil"}
+    config = json.loads(path.read_text()) | {
+        "auto_map": {"AutoTokenizer": ["evil.Evil", None]},
+        "tokenizer_class": "Evil",
+    }
     path.write_text(json.dumps(config))
     with pytest.raises(UserError):
         convert(tmp_path / "m", tmp_path / "x.gguf", GgufOptions(check=False))

@@ -37,7 +37,11 @@ def peft_merged(base: Path, adapter: Path) -> dict[str, torch.Tensor]:
     "options",
     [
         {},
-        {"use_rslora": True, "alpha_pattern": {"q_proj": 4, "layers.1.mlp.up_proj": 2}, "rank_pattern": {"down_proj": 4}},
+        {
+            "use_rslora": True,
+            "alpha_pattern": {"q_proj": 4, "layers.1.mlp.up_proj": 2},
+            "rank_pattern": {"down_proj": 4},
+        },
         {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "norm"]},
         {"target_modules": ["q_proj", "embed_tokens", "lm_head"]},
     ],

@@ -19,7 +19,8 @@ LLAMA3 = (
 MISTRAL = (
     "{% if messages[0]['role'] == 'system' %}{% set s = messages[0]['content'] %}{% set ms = messages[1:] %}"
     "{% else %}{% set s = '' %}{% set ms = messages %}{% endif %}"
-    "{% for m in ms %}{% if m['role'] == 'user' %}{% if loop.last and s %}{{ '[INST] ' + s + '\n\n' + m['content'] + '[/INST]' }}"
+    "{% for m in ms %}{% if m['role'] == 'user' %}{% if loop.last and s %}"
+    "{{ '[INST] ' + s + '\n\n' + m['content'] + '[/INST]' }}"
     "{% else %}{{ '[INST] ' + m['content'] + '[/INST]' }}{% endif %}"
     "{% else %}{{ ' ' + m['content'] + '<|im_end|>' }}{% endif %}{% endfor %}"
 )
@@ -44,7 +45,9 @@ def qwen3(base_dir) -> ChatTemplate:
     return load_template(base_dir)
 
 
-@pytest.mark.parametrize("source", [LLAMA3, MISTRAL, QWEN25, NO_SYSTEM], ids=["llama3", "mistral", "qwen2.5", "no_system"])
+@pytest.mark.parametrize(
+    "source", [LLAMA3, MISTRAL, QWEN25, NO_SYSTEM], ids=["llama3", "mistral", "qwen2.5", "no_system"]
+)
 def test_families_are_learned(qwen3, source):
     frame, reason = learn_frame(ChatTemplate(qwen3.tokenizer, source))
     assert frame is not None, reason
@@ -74,7 +77,8 @@ def test_an_unknown_template_is_left_out_with_a_note(qwen3):
 EXPECTED_OFF = (
     "{{ $lastUser := -1 }}"
     '{{ range $i, $m := .Messages }}{{ if eq $m.Role "user" }}{{ $lastUser = $i }}{{ end }}{{ end }}'
-    "{{ if .System }}<|im_start|>system\n{{ .System }}<|im_end|>\n<|im_start|>user\n{{ else }}<|im_start|>user\n{{ end }}"
+    "{{ if .System }}<|im_start|>system\n{{ .System }}<|im_end|>\n<|im_start|>user\n"
+    "{{ else }}<|im_start|>user\n{{ end }}"
     "{{ range $i, $m := .Messages }}{{ $last := eq (len (slice $.Messages $i)) 1 }}"
     '{{ if eq $m.Role "user" }}{{ $m.Content }}{{ if $last }}'
     "{{ if $.IsThinkSet }}{{ if $.Think }}<|im_end|>\n<|im_start|>assistant\n"
@@ -102,7 +106,9 @@ def test_fixed_text_with_braces_is_escaped(qwen3):
 
 
 def test_modelfile_text(qwen3):
-    model = describe(qwen3, thinking=False, system='你是"医生"。\n请谨慎。', num_ctx=4096, sampling={"temperature": 0.6, "top_k": 20})
+    model = describe(
+        qwen3, thinking=False, system='你是"医生"。\n请谨慎。', num_ctx=4096, sampling={"temperature": 0.6, "top_k": 20}
+    )
     text = render_modelfile("./gguf/演示-q4_k_m.gguf", model)
     lines = text.splitlines()
     assert lines[0] == "FROM ./gguf/演示-q4_k_m.gguf"

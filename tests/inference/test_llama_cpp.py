@@ -22,7 +22,9 @@ from unsloth_factory.inference.llama_cpp import LlamaCpp
 
 @pytest.fixture(scope="module")
 def gguf(random_model_dir, tmp_path_factory) -> Path:
-    return convert(random_model_dir, tmp_path_factory.mktemp("g") / "r-f32.gguf", GgufOptions(outtype="f32", check=False)).path
+    return convert(
+        random_model_dir, tmp_path_factory.mktemp("g") / "r-f32.gguf", GgufOptions(outtype="f32", check=False)
+    ).path
 
 
 @pytest.fixture(scope="module")

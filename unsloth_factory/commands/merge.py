@@ -36,7 +36,9 @@ def run(config: MergeConfig) -> int:
             validation_split=resolved.folder.validation_split if resolved.folder else None,
         )
         result = merge(base, Path(resolved.settings.adapter), output, options)
-    write_json(output.parent / "merge.json", result.figures | {"bytes": result.bytes, "seconds": round(result.seconds, 1)})
+    write_json(
+        output.parent / "merge.json", result.figures | {"bytes": result.bytes, "seconds": round(result.seconds, 1)}
+    )
     say(summary_line(result))
     return 0
 

@@ -51,7 +51,7 @@ class LlamaCpp:
         self.path = Path(path)
         self.header: GgufHeader = read_header(self.path)
         require_library("cyllama", "running a GGUF file")
-        # llama.cpp's threads wait by spinning: on two busy cores a 4 M model took 12 s with two threads, 0.6 s with one.
+        # llama.cpp's threads wait by spinning: on two busy cores a 4 M model took 12 s with two, 0.6 s with one.
         small = self.path.stat().st_size < SMALL_FILE_BYTES
         self._threads, self._timeout = threads or (1 if small else os.cpu_count() or 1), timeout
         self._renderer: ChildProcess | None = None
