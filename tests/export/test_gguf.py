@@ -21,8 +21,10 @@ from unsloth_factory.inference.gguf_header import read_header
 from unsloth_factory.inference.llama_cpp import LlamaCpp
 from unsloth_factory.run.atomic import verify_sums
 
-LLAMA3_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+LLAMA3_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 
 def edit_tokenizer(model: Path, target: Path, edit) -> Path:
