@@ -31,6 +31,17 @@ def main(argv: list[str] | None = None) -> int:
         # The reader of our output left (`uf ... | head`); a second failure at exit is kept from printing.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:
+        if error.strerror is None:
+            raise  # a library's own use of the type: a traceback says more
+        print(f"uf: {_named(error)}{error.strerror}", file=sys.stderr)
+        return 1
+
+
+def _named(error: OSError) -> str:
+    """The file or files that the system refused, as the opening of a message."""
+    names = [str(name) for name in (error.filename, error.filename2) if name is not None]
+    return f"{' -> '.join(names)}: " if names else ""
 
 
 def _dispatch(arguments: list[str]) -> int:

@@ -11,7 +11,6 @@ from unsloth_factory.export.merge import MergeOptions, merge, publish_trained
 from unsloth_factory.export.progress import say, summary_line
 from unsloth_factory.model.paths import resolve_model
 from unsloth_factory.model.standard import load_tokenizer
-from unsloth_factory.run.atomic import write_json
 
 
 def run(config: MergeConfig) -> int:
@@ -36,9 +35,6 @@ def run(config: MergeConfig) -> int:
             validation_split=resolved.folder.validation_split if resolved.folder else None,
         )
         result = merge(base, Path(resolved.settings.adapter), output, options)
-    write_json(
-        output.parent / "merge.json", result.figures | {"bytes": result.bytes, "seconds": round(result.seconds, 1)}
-    )
     say(summary_line(result))
     return 0
 

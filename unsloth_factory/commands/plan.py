@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +17,14 @@ from unsloth_factory.config.fields import settings_of
 from unsloth_factory.config.parse import canonical, flat_values, from_mapping, suggestion
 from unsloth_factory.config.table import COMMANDS
 from unsloth_factory.config.yaml_file import read_yaml
+from unsloth_factory.run.atomic import SUMS_NAME
 from unsloth_factory.run.folder import RunFolder
-from unsloth_factory.run.stages import StageCache, stage_key
+from unsloth_factory.run.stages import StageCache, files_below, stage_key
 
 TRAINING = ("sft", "dpo")
 PATH_SETTINGS = ("dataset", "eval_dataset", "dataset_dir", "model", "adapter", "domain", "task_dir", "chat_template")
+# Several stages write into these; a later stage's change must not make an earlier one run again.
+COMMON_FILES = (SUMS_NAME, "parity.json")
 # What each command of a plan makes in the run folder, and which earlier results it reads.
 OUTPUTS = {
     "sft": ("final_adapter", "final_model", "run.yaml", "validation_split.jsonl"),
@@ -87,13 +89,15 @@ def run_plan(path: Path, output_dir: str | None, *, force: bool = False) -> int:
             seconds[stage.label] = hit["figures"]["seconds"]
             continue
         console.rule(title, align="left")
-        begun = time.monotonic()
-        cache.forget(stage.label)
-        code = COMMANDS[stage.command].load()(stage.config)
+        begun, before = time.monotonic(), _changes(stage)
+        outdated = cache.forget(stage.label)
+        code = COMMANDS[stage.command].load()(_started_anew(stage) if outdated or force else stage.config)
         if code != 0:
             return code
         seconds[stage.label] = round(time.monotonic() - begun, 1)
-        cache.store(stage.label, key, _outputs(stage), {"seconds": seconds[stage.label]})
+        made = [path for path, change in _changes(stage).items() if before.get(path) != change]
+        _remove_stale(stage, outdated, made)
+        cache.store(stage.label, key, made, {"seconds": seconds[stage.label]})
     write_summary(RunFolder(stages[-1].folder), root, seconds, time.monotonic() - started)
     return 0
 
@@ -110,7 +114,7 @@ def read_plan(path: Path, output_dir: str | None) -> tuple[Path, list[Stage]]:
     entries = plan.pop("stages", None)
     if not isinstance(entries, list) or not entries:
         raise UsageError(f"{path}: a plan needs a list `stages:` such as `- sft: {{dataset: data.csv}}`")
-    root = Path(output_dir or plan.pop("output_dir", None) or f"output/{path.stem}")
+    root = Path(output_dir or plan.get("output_dir") or f"output/{path.stem}").expanduser()
     plan.pop("output_dir", None)
     pairs = [_entry(entry, index, path) for index, entry in enumerate(entries, 1)]
     _check_common(plan, pairs, path)
@@ -118,8 +122,9 @@ def read_plan(path: Path, output_dir: str | None) -> tuple[Path, list[Stage]]:
     folder = root
     stages: list[Stage] = []
     for command, values in pairs:
-        if command in TRAINING and several:
-            folder = root / command
+        if command in TRAINING:
+            default = root / _label(command, stages) if several else root
+            folder = Path(values.get("output_dir") or default).expanduser()
         settings = _stage_settings(command, {**_known(plan, command), **values}, folder, stages)
         config = from_mapping(COMMANDS[command].config_type, settings, f"{path}: {command}", command).config
         stages.append(Stage(_label(command, stages), command, config, folder))
@@ -139,7 +144,8 @@ def _entry(entry: Any, index: int, path: Path) -> tuple[str, dict[str, Any]]:
         )
     if values is not None and not isinstance(values, dict):
         raise UsageError(f"{path}: stage {index}, {command}: expected settings, got {values!r}")
-    return command, values or {}
+    table = settings_of(COMMANDS[command].config_type)
+    return command, {canonical(str(key), table): value for key, value in (values or {}).items()}
 
 
 def _check_common(plan: dict[str, Any], pairs: list[tuple[str, dict[str, Any]]], path: Path) -> None:
@@ -160,13 +166,17 @@ def _known(plan: dict[str, Any], command: str) -> dict[str, Any]:
 def _stage_settings(command: str, values: dict[str, Any], folder: Path, before: list[Stage]) -> dict[str, Any]:
     trainings = [stage for stage in before if stage.command in TRAINING]
     if command not in TRAINING:
-        return {"run": str(folder), **values}
-    settings: dict[str, Any] = {"output_dir": str(folder), **values}
+        made_here = {"overwrite": True} if command == "merge" else {}
+        return {"run": str(folder), **made_here, **values}
+    settings: dict[str, Any] = {**values, "output_dir": str(folder)}
     if not settings.get("overwrite"):
         settings.setdefault("resume", "auto")
-    if trainings and "adapter" not in settings:
-        settings["adapter"] = str(trainings[-1].folder / "final_adapter")
-    return settings
+    if not trainings:
+        return settings
+    earlier = RunFolder(trainings[-1].folder)
+    if trainings[-1].config.tuning.finetuning_type == "lora":
+        return {"adapter": str(earlier.final_adapter)} | settings
+    return settings | ({} if "model" in values else {"model": str(earlier.final_model)})
 
 
 def _label(command: str, before: list[Stage]) -> str:
@@ -192,11 +202,29 @@ def _reads(stage: Stage) -> tuple[str, ...]:
 
 def _key(stage: Stage, before: list[Stage], keys: dict[str, str]) -> str:
     values = flat_values(stage.config)
-    inputs = [Path(str(values[name])) for name in PATH_SETTINGS if values.get(name)]
+    named = ",".join(str(values[name]) for name in PATH_SETTINGS if values.get(name)).split(",")
+    inputs = [Path(part.strip().partition("#")[0]).expanduser() for part in named if part]
     upstream = [keys[earlier.label] for earlier in before if earlier.command in _reads(stage)]
     return stage_key(stage.command, {"version": __version__, **values}, [p for p in inputs if p.exists()], upstream)
 
 
-def _outputs(stage: Stage) -> list[Path]:
-    paths: Callable[[str], Path] = stage.folder.joinpath
-    return [paths(name) for name in OUTPUTS[stage.command] if paths(name).exists()]
+def _changes(stage: Stage) -> dict[Path, int]:
+    """Every file that the stage's command may make, with the time of its last change."""
+    values = flat_values(stage.config)
+    elsewhere = [Path(values[name]) for name in ("output", "save_dir") if values.get(name)]
+    roots = [stage.folder / name for name in OUTPUTS[stage.command]] + elsewhere
+    return {path: path.stat().st_ctime_ns for path in files_below(roots) if path.name not in COMMON_FILES}
+
+
+def _remove_stale(stage: Stage, outdated: dict[str, Any] | None, made: list[Path]) -> None:
+    """Delete quantised files of types that the plan no longer asks for: they may come from an older training."""
+    if outdated and stage.command == "quantize":
+        for path in set(map(Path, outdated["outputs"])) - set(made):
+            path.unlink(missing_ok=True)
+
+
+def _started_anew(stage: Stage) -> Any:
+    """The stage's settings when its finished result is outdated: a training must not continue that one."""
+    if stage.command not in TRAINING:
+        return stage.config
+    return replace(stage.config, run=replace(stage.config.run, resume=None, overwrite=True))

@@ -159,7 +159,7 @@ def _check(temporary: Path, model: Path, output: Path, options: GgufOptions) -> 
     )
     figures: dict[str, Any] = {"outtype": options.outtype, "token_parity": False}
     try:
-        with LlamaCpp(temporary) as llama:
+        with LlamaCpp(temporary, exact=True) as llama:
             check_parity(llama, probe, figures)
     except UserError as error:
         message = str(error).replace(temporary.name, output.name)

@@ -246,11 +246,17 @@ def _gate(llama: LlamaCpp, outtype: str, figures: dict[str, Any], worst_gap: flo
     if not figures["kl_max"] <= limit:
         raise UserError(
             f"{llama.path.name}: gate KL failed: max KL divergence from transformers {figures['kl_max']:.2e} nats, "
-            f"limit {limit:.0e} for {outtype}. Convert with --outtype bf16 or f32, or use --no_check to keep the file."
+            f"limit {limit:.0e} for {outtype}. {_finer(outtype)}--no_check keeps the file."
         )
     if worst_gap:
         raise UserError(
             f"{llama.path.name}: gate greedy answers failed: {figures['greedy_equal']} of {figures['greedy_prompts']} "
-            f"equal transformers', limit all; it prefers another token by {worst_gap:.3f} logits. Convert with "
-            "--outtype f32, or use --no_check to keep the file."
+            f"equal transformers', limit all; it prefers another token by {worst_gap:.3f} logits. "
+            f"{_finer(outtype)}--no_check keeps the file."
         )
+
+
+def _finer(outtype: str) -> str:
+    """Advice to take a format with more digits, where there is one."""
+    finer = {"q8_0": "f16 or f32", "bf16": "f16 or f32", "f16": "f32"}.get(outtype)
+    return f"Convert with --outtype {finer}; " if finer else ""

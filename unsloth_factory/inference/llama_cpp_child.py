@@ -15,6 +15,7 @@ import numpy as np
 
 from unsloth_factory.inference.child import serve
 
+GGML_TYPE_F32, FLASH_ATTENTION_OFF = 0, 0  # llama.cpp's enum values
 CHUNK = 256  # tokens of one decode call; all-position logits hold CHUNK x V floats at a time
 SMALLEST_CONTEXT = 1024
 
@@ -26,6 +27,7 @@ class Decoder:
         self.model: Any = None
         self.context: Any = None
         self.threads = 2
+        self.exact = False
         self.cached: list[int] = []
 
     def open(self, request: dict, _: Callable) -> dict:
@@ -40,7 +42,7 @@ class Decoder:
         params = cy.LlamaModelParams()
         params.n_gpu_layers = request.get("gpu_layers", 0)
         params.check_tensors = True
-        self.cy, self.threads = cy, request["threads"]
+        self.cy, self.threads, self.exact = cy, request["threads"], request["exact"]
         self.model = Model(path_model=request["path"], params=params, verbose=False)
         self.vocab = self.model.get_vocab()
         return {"n_vocab": self.vocab.n_vocab, "n_ctx_train": self.model.n_ctx_train}
@@ -52,6 +54,9 @@ class Decoder:
         params.n_ctx = max(SMALLEST_CONTEXT, -(-tokens // 256) * 256)
         params.n_batch = params.n_ubatch = CHUNK
         params.n_threads = params.n_threads_batch = self.threads
+        if self.exact:
+            params.type_k = params.type_v = GGML_TYPE_F32
+            params.flash_attn_type = FLASH_ATTENTION_OFF
         self.context = self.cy.LlamaContext(model=self.model, params=params, verbose=False)
         self.batch = self.cy.LlamaBatch(n_tokens=CHUNK, embd=0, n_seq_max=1)
         self.cached = []

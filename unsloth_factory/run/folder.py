@@ -89,10 +89,17 @@ class RunFolder:
         """Hold the folder against a second training; the kernel frees it when the process ends, however it ends.
 
         Raises:
-            UserError: Another process holds it.
+            UserError: Another process holds it, or nothing can be written there.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
-        with open(self.path / ".lock", "w", encoding="utf-8") as file:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            file = open(self.path / ".lock", "w", encoding="utf-8")  # noqa: SIM115 (closed below)
+        except OSError as error:
+            raise UserError(
+                f"--output_dir {self.path} cannot be used ({error.strerror or error}). Name a folder that can be "
+                "written, or one that does not exist yet."
+            ) from error
+        with file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:

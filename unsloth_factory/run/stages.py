@@ -38,11 +38,13 @@ class StageCache:
         records[stage] = {"key": key, "outputs": files, "figures": figures}
         write_json(self.path, records)
 
-    def forget(self, stage: str) -> None:
-        """Drop a record, before the stage's outputs are made anew."""
+    def forget(self, stage: str) -> dict[str, Any] | None:
+        """Drop a record, before the stage's outputs are made anew, and return it."""
         records = self._records()
-        if records.pop(stage, None) is not None:
+        record = records.pop(stage, None)
+        if record is not None:
             write_json(self.path, records)
+        return record
 
     def _records(self) -> dict[str, Any]:
         if not self.path.is_file():
