@@ -55,7 +55,7 @@ def test_bad_rows_are_counted(tmp_path):
     assert report.rows == 6
     assert report.skipped == {"empty answer": 1, "empty question": 1}
     assert report.skipped_examples == ["a.jsonl:4 empty answer", "a.jsonl:5 empty question"]
-    assert report.notes == {"exact duplicates": 1}
+    assert report.notes == {"exact duplicates (kept)": 1}
     same = write_rows(tmp_path / "b.jsonl", [{"question": "q", "answer": "q"}, *qa("1")])
     assert load_conversations(DataSettings(dataset=same))[1].notes == {"answer equals question": 1}
 
@@ -248,7 +248,7 @@ def test_real_files(shared_data, name):
     items, report = load(DataSettings(dataset=str(shared_data / name)))
     assert len(items) == report.used == used
     assert (report.files[0]["format"], report.files[0]["encoding"]) == (shape, encoding)
-    assert report.notes.get("exact duplicates", 0) == duplicates
+    assert report.notes.get("exact duplicates (kept)", 0) == duplicates
     reasoned = "on" if "medical_o1" in name else "off"
     if load is load_conversations:
         assert thinking_mode(items) == reasoned

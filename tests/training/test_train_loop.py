@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -105,11 +106,12 @@ def test_plain_lines_follow_logging_steps(monkeypatch: pytest.MonkeyPatch) -> No
     console = Console(file=io.StringIO(), width=200)
     with Progress(console, logging_steps=4) as progress:
         progress.start(0, 10)
-        for step in (3, 4, 10):
-            progress.step(step, loss=1.5, rate=2e-4, tokens_per_second=1234.5, memory=3 * 2**29)
+        # (loss, speed) of the steps since the last line: the means of 1 and 2, of 1000 and 3000 per token
+        for step, loss, speed in ((3, 1.0, 1000.0), (4, 2.0, 3000.0), (9, math.nan, 500.0), (10, 1.25, 500.0)):
+            progress.step(step, loss=loss, rate=2e-4, tokens_per_second=speed, memory=3 * 2**29)
     assert console.file.getvalue().splitlines() == [  # type: ignore[attr-defined]
-        "step 4/10  loss 1.5000  lr 2.00e-04  1,234 tok/s  1.50 GiB  ETA 6s",
-        "step 10/10  loss 1.5000  lr 2.00e-04  1,234 tok/s  1.50 GiB  ETA 0s",
+        "step 4/10  loss 1.5000  lr 2.00e-04  1,500 tok/s  1.50 GiB  ETA 6s",
+        "step 10/10  loss 1.2500  lr 2.00e-04  500 tok/s  1.50 GiB  ETA 0s",
     ]
 
 

@@ -157,11 +157,16 @@ def _encode_held_out(
     """Token rows of the held-out items; that all of them are too long must not end the training."""
     if not held_out:
         return []
+    own = DataReport()
     try:
-        return encode(held_out, template, data.max_seq_length, data.long_samples, DataReport())
+        return encode(held_out, template, data.max_seq_length, data.long_samples, own)
     except UserError as error:
         report.notes[f"held-out samples without an evaluation loss: {error}"] = len(held_out)
         return []
+    finally:
+        for what, count in (("shortened", own.shortened), ("dropped, too long", own.dropped_too_long)):
+            if count:
+                report.notes[f"of the held-out samples {what}"] = count
 
 
 def _conversation(item: Conversation | PreferencePair) -> Conversation:
@@ -223,6 +228,7 @@ def _print_report(console: Console, report: DataReport, folder: RunFolder) -> No
         f"Tokens      {tokens['total']:,.0f}, {tokens['trained']:,.0f} of them trained; a sample has "
         f"{tokens['mean']:.0f} on average, {tokens['max']:.0f} at most",
         highlight=False,
+        soft_wrap=True,
     )
 
 

@@ -80,7 +80,7 @@ def _load(
             break
         items += _load_file(source, preference, make, settings.encoding, room, report)
     report.used = len(items)
-    _note(report, "exact duplicates", len(items) - len({content_key(item) for item in items}))
+    _note(report, "exact duplicates (kept)", len(items) - len({content_key(item) for item in items}))
     return items, report
 
 

@@ -75,4 +75,4 @@ class DataReport:
     dropped_too_long: int = 0
     terms_normalized: int = 0
     notes: dict[str, int] = field(default_factory=dict)
-    """What was done to used rows or found in them, e.g. "turns of the same role joined", "exact duplicates"."""
+    """What was done to used rows or found in them, e.g. "turns of the same role joined", "exact duplicates (kept)"."""

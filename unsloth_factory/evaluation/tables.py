@@ -46,6 +46,8 @@ def metrics_table(report: EvalReport) -> Table:
 
 def _rows(report: EvalReport, variants: list[str]) -> Iterator[list[str]]:
     for name in report.metrics[variants[0]]:
+        if not any(report.metrics[variant][name].n for variant in variants if name in report.metrics[variant]):
+            continue  # nothing to say: no question had this value
         row = [f"{name} *" if name == report.headline else name]
         row += [_number(report.metrics[variant].get(name)) for variant in variants]
         if report.comparisons:

@@ -31,7 +31,7 @@ def choose_engine(requested: str) -> tuple[str, str]:
     if requested == "standard":
         return "standard", "asked for"
     if requested == "auto":
-        return "standard", "the engine of this version: transformers + peft + bitsandbytes, on CPU and GPU"
+        return "standard", "the only one of this version (transformers, peft, bitsandbytes)"
     state = ""
     if requested == "unsloth":
         installed = importlib.util.find_spec("unsloth") is not None

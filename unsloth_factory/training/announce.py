@@ -44,10 +44,14 @@ def plan_lines(session: Session) -> list[str]:
         f"{job.tuning.finetuning_type}",
         f"Samples     {len(job.train_items):,} to train on, {len(job.eval_items):,} held out",
         f"Steps       {plan.total_steps:,} of {loop.batch_size * loop.accumulation_steps} samples "
-        f"({loop.batch_size} {rows} x {loop.accumulation_steps}), {plan.epoch(plan.total_steps):g} epochs",
+        f"({loop.batch_size} {rows} x {loop.accumulation_steps}), {_epochs(plan.epoch(plan.total_steps))}",
         f"Optimizer   {loop.optimizer}, peak rate {session.peak_rate:g}, {loop.lr_scheduler_type}, "
-        f"warm-up {loop.warmup_ratio:.0%}, seed {loop.seed}",
+        f"warm-up {100 * loop.warmup_ratio:g} %, seed {loop.seed}",
     ]
+
+
+def _epochs(number: float) -> str:
+    return "1 epoch" if number == 1 else f"{number:.3g} epochs"
 
 
 def _rows(item: TokenSample | TokenPair) -> list[tuple[str, TokenSample]]:

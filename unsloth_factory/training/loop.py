@@ -15,6 +15,7 @@ import torch
 from unsloth_factory.config.errors import Stopped, UserError
 from unsloth_factory.data.types import Conversation
 from unsloth_factory.run.atomic import partial, publish_folder, require_free_space, write_text
+from unsloth_factory.scoring import wilson_interval
 from unsloth_factory.training import resume
 from unsloth_factory.training.announce import announce
 from unsloth_factory.training.checkpoint import Checkpoint, disk_errors
@@ -216,9 +217,18 @@ def _evaluation(session: Session, stop: StopSignals) -> dict[str, float]:
     best = (
         f"best loss {state.best_eval_loss:.4f} at step {state.best_step}" if state.best_step else "no finite loss yet"
     )
-    shown = "  ".join(f"{name} {value:.4f}" for name, value in figures.items())
+    shown = "  ".join(_shown(session, name, value) for name, value in figures.items())
     session.progress.say(f"step {state.step}: {shown}  ({best})")
     return figures
+
+
+def _shown(session: Session, name: str, value: float) -> str:
+    """A figure of the evaluation; a share of the held-out pairs with its 95 % interval."""
+    if name.removeprefix("eval_") not in session.job.method.shares or not math.isfinite(value):
+        return f"{name} {value:.4f}"
+    pairs = len(session.job.eval_items)
+    low, high = wilson_interval(round(value * pairs), pairs)
+    return f"{name} {value:.2f} [{low:.2f}, {high:.2f}]"
 
 
 def _metrics_line(session: Session, result: StepResult, seconds: float) -> dict[str, Any]:

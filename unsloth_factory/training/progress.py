@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
+from statistics import fmean, harmonic_mean
 from types import TracebackType
 
 import torch
@@ -27,6 +29,7 @@ class Progress:
         self._total = 0
         self._first = 0
         self._started = 0.0
+        self._since_line: list[tuple[float, float]] = []
 
     def __enter__(self) -> Progress:
         return self
@@ -59,7 +62,7 @@ class Progress:
         self._bar.start()
 
     def step(self, step: int, *, loss: float, rate: float, tokens_per_second: float, memory: int) -> None:
-        """Show one finished step.
+        """Show one finished step; a plain line shows the mean loss and speed of the steps since the last one.
 
         Args:
             step: Optimizer steps done.
@@ -68,10 +71,15 @@ class Progress:
             tokens_per_second: Real tokens, over the time of the step.
             memory: Peak so far, bytes.
         """
+        self._since_line.append((loss, tokens_per_second))
+        prints = not self.live and (step % self.logging_steps == 0 or step == self._total)
+        if prints:
+            loss, tokens_per_second = _means(self._since_line)
+            self._since_line.clear()
         figures = f"loss {loss:.4f}  lr {rate:.2e}  {tokens_per_second:,.0f} tok/s  {memory / 2**30:.2f} GiB"
         if self._bar is not None:
             self._bar.update(self._task, completed=step, figures=figures)
-        elif not self.live and (step % self.logging_steps == 0 or step == self._total):
+        elif prints:
             self.say(f"step {step}/{self._total}  {figures}  ETA {self._remaining(step)}")
 
     def rewind(self, step: int) -> None:
@@ -82,6 +90,12 @@ class Progress:
     def _remaining(self, step: int) -> str:
         done = max(1, step - self._first)
         return duration((time.monotonic() - self._started) / done * (self._total - step))
+
+
+def _means(steps: list[tuple[float, float]]) -> tuple[float, float]:
+    """(mean loss, mean tokens per second) of some steps; those without a finite loss were not applied."""
+    losses = [loss for loss, _ in steps if math.isfinite(loss)]
+    return fmean(losses) if losses else math.nan, harmonic_mean([speed for _, speed in steps])
 
 
 def duration(seconds: float) -> str:

@@ -37,6 +37,8 @@ class Method(Protocol):
     """What the loss is averaged over, for messages: "token" or "pair"."""
     figures: tuple[str, ...]
     """Names of what `loss` gives beside the loss; metrics.jsonl has them under these names."""
+    shares: frozenset[str]
+    """Those `figures` that count units, 0 or 1 each: an evaluation shows them with their interval."""
 
     def prepare(self, loaded: LoadedModel, tuning: TuningSettings) -> None:
         """Check that the method fits the model and note what it needs of the untrained weights.

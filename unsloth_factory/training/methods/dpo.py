@@ -32,6 +32,7 @@ class Dpo:
     name = "dpo"
     unit = "pair"
     figures = ("rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins")
+    shares = frozenset({"rewards/accuracies"})
 
     def __init__(self, beta: float = 0.1) -> None:
         if beta <= 0:

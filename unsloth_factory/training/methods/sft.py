@@ -19,6 +19,7 @@ class Sft:
     name = "sft"
     unit = "token"
     figures: tuple[str, ...] = ()
+    shares: frozenset[str] = frozenset()
 
     def prepare(self, loaded: LoadedModel, tuning: TuningSettings) -> None:
         """Nothing to check: every model and every choice of parameters can be trained so."""
