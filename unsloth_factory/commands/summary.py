@@ -1,4 +1,4 @@
-"""What a plan leaves for people and for scripts: summary.json and report.html, made from the files of the run folder."""
+"""What a plan leaves for people and for scripts: summary.json and report.html, from the files of the run folder."""
 
 from __future__ import annotations
 
