@@ -24,6 +24,24 @@ UNTOUCHED = re.compile(
 CJK = re.compile(r"[\u3400-\u9fff\uf900-\ufaff]")
 SENTENCE_END = re.compile(r"[。！？!?；;\n]|\.(?=\s)")
 LATIN = "0-9A-Za-z_\u00c0-\u024f\uff10-\uff19\uff21-\uff3a\uff41-\uff5a"
+# Words that open with the character on which many variants end: 高血压病人 is 高血压 + 病人, not 高血压病 + 人.
+NEXT_WORDS = (
+    "病人",
+    "病情",
+    "病变",
+    "病程",
+    "病史",
+    "病例",
+    "病房",
+    "病区",
+    "病因",
+    "病毒",
+    "病理",
+    "病灶",
+    "病龄",
+    "症状",
+    "症候",
+)
 MAX_PASSES = 8
 
 
@@ -142,6 +160,8 @@ class TermNormalizer:
     def _may_replace(text: str, found: Found) -> bool:
         variant, canonical = found.wording.text, found.wording.becomes
         if text[found.start : found.end] == canonical:
+            return False
+        if text.startswith(NEXT_WORDS, found.end - 1):
             return False
         # 心梗 before 死 may be half of 心梗死: the replacement would stutter (心肌梗死死).
         if text[found.end : found.end + 1] == canonical[-1] != variant[-1]:
