@@ -112,7 +112,7 @@ def _domain_pack(domain: str | None) -> DomainPack | None:
 
 def _load_items(config: SftConfig, command: str, pack: DomainPack | None) -> tuple[list[Any], list[Any], DataReport]:
     """(training items, held-out items, report), before tokens."""
-    load = load_pairs if command == "dpo" else load_conversations
+    load: Any = load_pairs if command == "dpo" else load_conversations
     system = config.data.system or (pack.system_prompt if pack else None)
     normalizer = TermNormalizer(pack) if pack else None
     items, report = load(config.data, system=system, normalizer=normalizer)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import textwrap
-from dataclasses import MISSING, dataclass, fields, is_dataclass
-from functools import cache
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, get_type_hints
 
 
@@ -22,7 +21,6 @@ class Setting:
     group: str
 
 
-@cache
 def settings_of(config_type: type) -> dict[str, Setting]:
     """All flags of a command's settings type, groups flattened, in the order in which they are declared."""
     table: dict[str, Setting] = {}
@@ -46,7 +44,6 @@ def settings_of(config_type: type) -> dict[str, Setting]:
     return table
 
 
-@cache
 def field_help(config_type: type) -> dict[str, str]:
     """The text under each field of a dataclass and its bases; a base's text holds until a subclass writes another."""
     texts: dict[str, str] = {}
@@ -56,12 +53,8 @@ def field_help(config_type: type) -> dict[str, str]:
         body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
         assert isinstance(body, ast.ClassDef)
         for statement, after in zip(body.body, body.body[1:], strict=False):
-            described = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
-            if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name) and described:
+            if not isinstance(statement, ast.AnnAssign) or not isinstance(statement.target, ast.Name):
+                continue
+            if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
                 texts[statement.target.id] = " ".join(str(after.value.value).split())
     return texts
-
-
-def has_default(config_type: type) -> bool:
-    """Every field of a settings type must have a default, so that `--help` works without arguments."""
-    return all(f.default is not MISSING or f.default_factory is not MISSING for f in fields(config_type))

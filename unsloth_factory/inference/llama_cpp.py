@@ -65,7 +65,12 @@ class LlamaCpp:
     def _start(self, operation: str, name: str) -> ChildProcess:
         child = ChildProcess(CHILD_MODULE, f"llama.cpp with {name}")
         try:
-            request = {"op": operation, "path": str(self.path.resolve()), "threads": self._threads, "exact": self._exact}
+            request = {
+                "op": operation,
+                "path": str(self.path.resolve()),
+                "threads": self._threads,
+                "exact": self._exact,
+            }
             self._opened, _ = child.call(request, timeout=self._timeout)
         except UserError as error:
             reason = next(
