@@ -19,7 +19,8 @@ from unsloth_factory.data.encode import encode_pairs, encode_samples
 from unsloth_factory.data.load import load_conversations, load_pairs
 from unsloth_factory.data.split import split_validation
 from unsloth_factory.data.template import ChatTemplate
-from unsloth_factory.data.types import Conversation, DataReport, PreferencePair, TokenPair, TokenSample, Turn
+from unsloth_factory.data.thinking import thinking_mode
+from unsloth_factory.data.types import Conversation, DataReport, PreferencePair, TokenPair, TokenSample
 from unsloth_factory.knowledge import DomainPack, PackError, TermNormalizer, load_pack
 from unsloth_factory.model.device import default_quantization, pick_device_dtype
 from unsloth_factory.model.environment import versions
@@ -146,7 +147,7 @@ def _encode(
         train_items=encode(items, template, length, policy, report),
         eval_items=_encode_held_out(encode, held_out, template, config.data, report),
         held_out=conversations,
-        thinking=thinking_mode([_conversation(item) for item in items], template),
+        thinking=_thinking(items, template),
         report=report,
     )
 
@@ -173,16 +174,11 @@ def _conversation(item: Conversation | PreferencePair) -> Conversation:
     return item if isinstance(item, Conversation) else Conversation((*item.prompt, item.chosen), item.source)
 
 
-def thinking_mode(conversations: Sequence[Conversation], template: ChatTemplate) -> Thinking:
-    """The mode that later commands prompt with: "on" when most answers reason, "unset" without such a switch."""
+def _thinking(items: Sequence[Any], template: ChatTemplate) -> Thinking:
+    """The mode that later commands prompt with; "unset" where the template has no such switch."""
     if not template.supports_thinking:
         return "unset"
-    answers = [_last_answer(conversation.turns) for conversation in conversations]
-    return "on" if 2 * sum(bool(turn.reasoning) for turn in answers) > len(answers) else "off"
-
-
-def _last_answer(turns: Sequence[Turn]) -> Turn:
-    return next(turn for turn in reversed(turns) if turn.role == "assistant")
+    return thinking_mode([_conversation(item) for item in items])
 
 
 def _manifest(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 import time
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 
 from unsloth_factory.config.errors import Stopped, UserError
-from unsloth_factory.data.types import Conversation
+from unsloth_factory.data.split import write_validation_split
 from unsloth_factory.run.atomic import partial, publish_folder, require_free_space, write_text
 from unsloth_factory.scoring import wilson_interval
 from unsloth_factory.training import resume
@@ -101,17 +100,7 @@ def _write_run_files(job: TrainingJob) -> None:
     job.folder.write(job.manifest)
     write_text(job.folder.template, job.template.source)
     if job.held_out:
-        rows = [json.dumps(_row(conversation), ensure_ascii=False) for conversation in job.held_out]
-        write_text(job.folder.validation_split, "\n".join(rows) + "\n")
-
-
-def _row(conversation: Conversation) -> dict[str, Any]:
-    messages = [
-        {"role": turn.role, "content": turn.content}
-        | ({"reasoning_content": turn.reasoning} if turn.reasoning is not None else {})
-        for turn in conversation.turns
-    ]
-    return {"messages": messages, "source": conversation.source}
+        write_validation_split(job.folder.validation_split, job.held_out)
 
 
 def walk(session: Session, stop: StopSignals) -> None:
