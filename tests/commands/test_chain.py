@@ -211,11 +211,11 @@ def start(command: list[str], **changes: str) -> subprocess.Popen:
 def test_reference_flags_then_sigterm_then_resume(data, tmp_path):
     """`python cli.py sft` with the reference's flags; stopped and continued, it ends with the same bits."""
     flags = {name: REFERENCE_FLAGS.format(data=data, out=tmp_path / name).split() for name in ("whole", "parts")}
-    more = ["--epochs", "24", "--val_split", "0", "--save_steps", "1000"]
+    more = ["--epochs", "6", "--val_split", "0", "--save_steps", "1000"]
     process = start(["sft", *flags["parts"], *more, "--logging_steps", "1"])
     metrics = tmp_path / "parts" / "metrics.jsonl"
     deadline = time.monotonic() + 120
-    while process.poll() is None and (not metrics.is_file() or len(metrics.read_text().splitlines()) < 3):
+    while process.poll() is None and (not metrics.is_file() or len(metrics.read_text().splitlines()) < 2):
         assert time.monotonic() < deadline
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
@@ -225,7 +225,7 @@ def test_reference_flags_then_sigterm_then_resume(data, tmp_path):
     assert "--resume auto" in out + err
     assert not (tmp_path / "parts" / "final_adapter").exists()
     (checkpoint,) = (tmp_path / "parts").glob("checkpoint-*")
-    assert 3 <= int(checkpoint.name.split("-")[1]) < 48
+    assert 2 <= int(checkpoint.name.split("-")[1]) < 12
     for name in flags:  # "whole" from step 0, "parts" from where it stopped
         outcome = uf("sft", *flags[name], *more)
         assert outcome.code == 0, outcome.err

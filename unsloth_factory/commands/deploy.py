@@ -6,15 +6,18 @@ import re
 import shlex
 from pathlib import Path
 
-from unsloth_factory.commands.gguf import merged_folder
+from unsloth_factory.commands.source import gguf_template, resolve_source
 from unsloth_factory.config.commands import DeployConfig
 from unsloth_factory.config.errors import UsageError, UserError
+from unsloth_factory.config.settings import FinishedRun, ModelSettings
+from unsloth_factory.data.template import ChatTemplate
 from unsloth_factory.export.gguf import load_template
 from unsloth_factory.export.modelfile import OllamaModel, context_length, describe, modelfile_path_of, render_modelfile
 from unsloth_factory.export.ollama import OllamaServer, check_name
 from unsloth_factory.export.progress import say
 from unsloth_factory.export.sums import read_sums, write_folder_sums
 from unsloth_factory.inference.gguf_header import read_header
+from unsloth_factory.model.paths import resolve_model
 from unsloth_factory.model.weight_files import read_json
 from unsloth_factory.run.atomic import write_text
 from unsloth_factory.run.folder import RunFolder
@@ -88,15 +91,23 @@ def _describe(config: DeployConfig, folder: RunFolder | None, gguf: Path) -> Oll
         parameters = {"num_ctx": length, "temperature": config.temperature}
         return OllamaModel(None, config.system, parameters, (note,))
     manifest = folder.read()
-    merged = merged_folder(folder, None)
+    merged, template = _origin(folder)
     positions = read_json(merged / "config.json").get("max_position_embeddings")
     defaults = read_json(merged / "generation_config.json") if (merged / "generation_config.json").is_file() else {}
     sampling = {"temperature": config.temperature}
     sampling |= {key: defaults[key] for key in ("top_p", "top_k", "min_p") if defaults.get(key) is not None}
     return describe(
-        load_template(merged),
+        template,
         thinking=manifest.thinking_flag,
         system=manifest.system if config.system is None else config.system,
         num_ctx=context_length(manifest.max_seq_length, positions, config.num_ctx),
         sampling=sampling,
     )
+
+
+def _origin(folder: RunFolder) -> tuple[Path, ChatTemplate]:
+    """The merged model and its template; where it was deleted to save room, the run's base says the same."""
+    if folder.merged_model.is_dir():
+        return folder.merged_model, load_template(folder.merged_model)
+    resolved = resolve_source(FinishedRun(run=str(folder.path)), ModelSettings())
+    return resolve_model(resolved.settings.model, resolved.settings.hub), gguf_template(resolved)

@@ -82,7 +82,10 @@ def from_mapping(config_type: type[Any], mapping: dict[str, Any], where: str, co
     values = _converted(given.values(), table, problems)
     if problems:
         raise UsageError("\n".join(problems))
-    return Parsed(build(config_type, values), notes)
+    try:
+        return Parsed(build(config_type, values), notes)
+    except UsageError as error:
+        raise UsageError("\n".join(f"{where}: {line}" for line in str(error).splitlines())) from error
 
 
 def build(config_type: type[ConfigT], values: dict[str, Any]) -> ConfigT:

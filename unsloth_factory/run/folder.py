@@ -14,6 +14,7 @@ import yaml
 from unsloth_factory.config.errors import UserError
 from unsloth_factory.run.atomic import write_text
 
+LOCK_NAME = ".lock"
 Thinking = Literal["on", "off", "unset"]
 
 
@@ -88,12 +89,15 @@ class RunFolder:
     def lock(self) -> Iterator[None]:
         """Hold the folder against a second training; the kernel frees it when the process ends, however it ends.
 
+        A folder that was made for a training which failed before it wrote anything is removed again.
+
         Raises:
             UserError: Another process holds it, or nothing can be written there.
         """
+        made = not self.path.exists()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            file = open(self.path / ".lock", "w", encoding="utf-8")  # noqa: SIM115 (closed below)
+            file = open(self.path / LOCK_NAME, "w", encoding="utf-8")  # noqa: SIM115 (closed below)
         except OSError as error:
             raise UserError(
                 f"--output_dir {self.path} cannot be used ({error.strerror or error}). Name a folder that can be "
@@ -106,4 +110,9 @@ class RunFolder:
                 raise UserError(
                     f"{self.path} is in use by another training. Wait for it, or give --output_dir another folder."
                 ) from error
-            yield
+            try:
+                yield
+            finally:
+                if made and [path.name for path in self.path.iterdir()] == [LOCK_NAME]:
+                    (self.path / LOCK_NAME).unlink()
+                    self.path.rmdir()
