@@ -29,7 +29,7 @@ from unsloth_factory.model.loaded import LoadedModel
 from unsloth_factory.run.atomic import write_json
 from unsloth_factory.run.folder import RunFolder, RunManifest, Thinking
 from unsloth_factory.training.checkpoint import claim
-from unsloth_factory.training.job import TrainingJob
+from unsloth_factory.training.job import TrainingJob, TrainResult
 from unsloth_factory.training.loop import train
 from unsloth_factory.training.methods import METHODS, Method
 
@@ -46,16 +46,28 @@ class Prepared:
 
 
 def run_sft(config: SftConfig) -> int:
-    """Supervised fine-tuning."""
-    return _train(config, "sft", METHODS["sft"]())
+    """`uf sft`."""
+    sft(config)
+    return 0
 
 
 def run_dpo(config: DpoConfig) -> int:
-    """Direct preference optimisation."""
+    """`uf dpo`."""
+    dpo(config)
+    return 0
+
+
+def sft(config: SftConfig) -> TrainResult:
+    """Supervised fine-tuning; for notebooks too."""
+    return _train(config, "sft", METHODS["sft"]())
+
+
+def dpo(config: DpoConfig) -> TrainResult:
+    """Direct preference optimisation; for notebooks too."""
     return _train(config, "dpo", METHODS["dpo"](beta=config.beta))
 
 
-def _train(config: SftConfig, command: str, method: Method) -> int:
+def _train(config: SftConfig, command: str, method: Method) -> TrainResult:
     if config.model.model is None or config.data.dataset is None:
         missing = [f"--{name}" for name, value in _required(config).items() if value is None]
         raise UsageError(
@@ -97,7 +109,7 @@ def _train(config: SftConfig, command: str, method: Method) -> int:
         highlight=False,
         soft_wrap=True,
     )
-    return 0
+    return result
 
 
 def _required(config: SftConfig) -> dict[str, str | None]:
