@@ -59,10 +59,10 @@ def home(tmp_path) -> Path:
     [
         (None, ["data.jsonl"]),
         (b"", ["data.jsonl", "empty"]),
-        ('{"instruction": "a", "output": "b"}\n{"instruction": "a", \n'.encode(), ["data.jsonl", "2"]),
-        ('{"frage": "a", "antwort": "b"}\n'.encode(), ["data.jsonl", "frage", "antwort", "--columns"]),
+        (b'{"instruction": "a", "output": "b"}\n{"instruction": "a", \n', ["data.jsonl", "2"]),
+        (b'{"frage": "a", "antwort": "b"}\n', ["data.jsonl", "frage", "antwort", "--columns"]),
         (b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR" + bytes(200), ["data.jsonl"]),
-        ('{"instruction": "", "output": ""}\n'.encode(), ["data.jsonl"]),
+        (b'{"instruction": "", "output": ""}\n', ["data.jsonl"]),
     ],
     ids=["missing", "empty", "broken line", "columns", "a picture", "only empty rows"],
 )
@@ -115,7 +115,9 @@ def test_output_dir_that_is_taken(home, chain):
     refused(home, *sft(home, "--output_dir", home / "data.jsonl"), code=1, names=["--output_dir", "data.jsonl"])
     refused(home, *sft(home, "--output_dir", home / "data.jsonl/x"), code=1, names=["--output_dir", "data.jsonl"])
     with RunFolder(home / "held").lock():
-        refused(home, *sft(home, "--output_dir", home / "held"), code=1, names=["held", "another training"], new=(".lock",))
+        refused(
+            home, *sft(home, "--output_dir", home / "held"), code=1, names=["held", "another training"], new=(".lock",)
+        )
 
 
 def test_the_system_refuses(home, chain, monkeypatch):

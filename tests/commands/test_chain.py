@@ -16,6 +16,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from command_line import ROOT, SMALL, rows, uf, write_gbk
 from safetensors.torch import load_file
@@ -188,7 +189,7 @@ def test_whole_weights_have_nothing_to_merge(data, tmp_path, kind):
     outcome = uf("merge", "--run", run)
     assert outcome.code == 0
     assert "nothing to merge" in outcome.words
-    outcome = uf("gguf", "--run", run, *(["--no_check"] if kind == "full" else []))
+    outcome = uf("gguf", "--run", run, "--no_check")
     assert outcome.code == 0, outcome.err
     assert (run / "gguf" / f"{kind}-f16.gguf").is_file()
     outcome = uf("validate", "--run", run, "--dataset", data, "--max_samples", 2, "--max_new_tokens", 8)
@@ -196,8 +197,9 @@ def test_whole_weights_have_nothing_to_merge(data, tmp_path, kind):
     assert list(as_json(run / "validation_results" / "validation.json")["metrics"]) == ["tuned"]
 
 
-def start(command: list[str], **changes: str) -> subprocess.Popen:
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1", **changes}
+def start(command: list[str]) -> subprocess.Popen:
+    # As many threads as here: sums in another order would differ in their last bits.
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": str(torch.get_num_threads())}
     return subprocess.Popen(
         [sys.executable, "cli.py", *command],
         cwd=ROOT,
@@ -211,7 +213,7 @@ def start(command: list[str], **changes: str) -> subprocess.Popen:
 def test_reference_flags_then_sigterm_then_resume(data, tmp_path):
     """`python cli.py sft` with the reference's flags; stopped and continued, it ends with the same bits."""
     flags = {name: REFERENCE_FLAGS.format(data=data, out=tmp_path / name).split() for name in ("whole", "parts")}
-    more = ["--epochs", "6", "--val_split", "0", "--save_steps", "1000"]
+    more = ["--epochs", "4", "--val_split", "0", "--save_steps", "1000"]
     process = start(["sft", *flags["parts"], *more, "--logging_steps", "1"])
     metrics = tmp_path / "parts" / "metrics.jsonl"
     deadline = time.monotonic() + 120
@@ -225,7 +227,7 @@ def test_reference_flags_then_sigterm_then_resume(data, tmp_path):
     assert "--resume auto" in out + err
     assert not (tmp_path / "parts" / "final_adapter").exists()
     (checkpoint,) = (tmp_path / "parts").glob("checkpoint-*")
-    assert 2 <= int(checkpoint.name.split("-")[1]) < 12
+    assert 2 <= int(checkpoint.name.split("-")[1]) < 8
     for name in flags:  # "whole" from step 0, "parts" from where it stopped
         outcome = uf("sft", *flags[name], *more)
         assert outcome.code == 0, outcome.err

@@ -140,7 +140,7 @@ def test_the_plan_is_one(tmp_path):
     plan.write_text(block, encoding="utf-8")
     root, stages = read_plan(plan, None)
     assert root == Path("output/doctor")
-    expected = "sft validate evaluate merge gguf quantize validate-2 deploy".split()
+    expected = ["sft", "validate", "evaluate", "merge", "gguf", "quantize", "validate-2", "deploy"]
     assert [stage.label for stage in stages] == expected
     assert stages[0].config.model.model == yaml.safe_load(block)["model"]
 
