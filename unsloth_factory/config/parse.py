@@ -88,6 +88,15 @@ def from_mapping(config_type: type[Any], mapping: dict[str, Any], where: str, co
         raise UsageError("\n".join(f"{where}: {line}" for line in str(error).splitlines())) from error
 
 
+def configure(config_type: type[ConfigT], **values: Any) -> ConfigT:
+    """Settings from keyword arguments, by the names of the flags: `configure(SftConfig, model="tiny", epochs=1)`.
+
+    Raises:
+        UsageError: All mistakes at once.
+    """
+    return from_mapping(config_type, values, "argument").config
+
+
 def build(config_type: type[ConfigT], values: dict[str, Any]) -> ConfigT:
     """Make a settings object from flat, converted values; the groups check themselves.
 
