@@ -9,6 +9,7 @@ from unsloth_factory.config.commands import MergeConfig
 from unsloth_factory.config.errors import UsageError
 from unsloth_factory.export.merge import MergeOptions, merge, publish_trained
 from unsloth_factory.export.progress import say, summary_line
+from unsloth_factory.model.noise import quiet_libraries
 from unsloth_factory.model.paths import resolve_model
 from unsloth_factory.model.standard import load_tokenizer
 
@@ -34,7 +35,8 @@ def run(config: MergeConfig) -> int:
             chat_template=_template_text(base, resolved),
             validation_split=resolved.folder.validation_split if resolved.folder else None,
         )
-        result = merge(base, Path(resolved.settings.adapter), output, options)
+        with quiet_libraries():
+            result = merge(base, Path(resolved.settings.adapter), output, options)
     say(summary_line(result))
     return 0
 

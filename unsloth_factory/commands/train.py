@@ -32,6 +32,7 @@ from unsloth_factory.training.checkpoint import claim
 from unsloth_factory.training.job import TrainingJob, TrainResult
 from unsloth_factory.training.loop import train
 from unsloth_factory.training.methods import METHODS, Method
+from unsloth_factory.training.progress import print_labelled
 
 
 @dataclass(frozen=True)
@@ -221,22 +222,20 @@ def _manifest(
 def _print_report(console: Console, report: DataReport, folder: RunFolder) -> None:
     """What became of the rows, in a few lines."""
     for file in report.files:
-        console.print(f"Data        {file['path']}: {file['rows']:,} rows, {file['format']}, {file['encoding']}",
-                      highlight=False, markup=False, soft_wrap=True)  # fmt: skip
+        kind = ", ".join(filter(None, (file["format"], file["encoding"])))
+        print_labelled(console, f"Data        {file['path']}: {file['rows']:,} rows, {kind}")
     losses = [f"{count:,} {reason}" for reason, count in report.skipped.items()]
     losses += [f"{report.shortened:,} prompts shortened"] if report.shortened else []
     losses += [f"{report.dropped_too_long:,} dropped, too long"] if report.dropped_too_long else []
     losses += [f"{report.terms_normalized:,} terms brought to one form"] if report.terms_normalized else []
     losses += [f"{count:,} {what}" for what, count in report.notes.items()]
     if losses:
-        line = f"            {'; '.join(losses)} ({folder.data_report})"
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        print_labelled(console, f"            {'; '.join(losses)} ({folder.data_report})")
     tokens = report.tokens
-    console.print(
+    print_labelled(
+        console,
         f"Tokens      {tokens['total']:,.0f}, {tokens['trained']:,.0f} of them trained; a sample has "
         f"{tokens['mean']:.0f} on average, {tokens['max']:.0f} at most",
-        highlight=False,
-        soft_wrap=True,
     )
 
 

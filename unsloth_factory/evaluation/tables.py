@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -17,9 +18,10 @@ MANY_SUBJECTS = 12
 def print_report(report: EvalReport, console: Console) -> None:
     """Print the metrics, what a benchmark has beyond them, and the notes."""
     if any(report.metrics.values()):
-        console.print(f"{report.task}: {report.n} questions; value ± standard error", highlight=False)
+        error = "± standard error" + ("; differences ± 95 % interval" if report.comparisons else "")
+        console.print(f"{report.task}: {report.n:,} questions, {error}", highlight=False, soft_wrap=True)
         console.print(metrics_table(report))
-        console.print(_conclusion(report), highlight=False)
+        console.print(_conclusion(report), highlight=False, soft_wrap=True)
     subjects = report.details.get("subjects", {})
     if 1 < len(subjects) <= MANY_SUBJECTS:
         console.print(_subjects_table(subjects, list(report.metrics)))
@@ -30,14 +32,14 @@ def print_report(report: EvalReport, console: Console) -> None:
 
 
 def metrics_table(report: EvalReport) -> Table:
-    """One row a metric: base, tuned, the difference and whether it is one."""
+    """One row a metric: base, tuned, the difference and whether it is one. Fits 80 columns; JSON has every digit."""
     variants = list(report.metrics)
-    table = Table()
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("metric")
     for variant in variants:
         table.add_column(variant, justify="right")
     if report.comparisons:
-        table.add_column("difference [95 %]", justify="right")
+        table.add_column("difference", justify="right")
         table.add_column("verdict")
     for row in _rows(report, variants):
         table.add_row(*row)
@@ -48,23 +50,34 @@ def _rows(report: EvalReport, variants: list[str]) -> Iterator[list[str]]:
     for name in report.metrics[variants[0]]:
         if not any(report.metrics[variant][name].n for variant in variants if name in report.metrics[variant]):
             continue  # nothing to say: no question had this value
-        row = [f"{name} *" if name == report.headline else name]
+        label = name.removesuffix(" per answer")
+        row = [f"{label} *" if name == report.headline else label]
         row += [_number(report.metrics[variant].get(name)) for variant in variants]
         if report.comparisons:
             comparison = report.comparisons.get(name)
-            row += [_difference(comparison), comparison.verdict] if comparison else ["", ""]
+            row += [_difference(comparison), _verdict(comparison)] if comparison else ["", ""]
         yield row
 
 
 def _number(metric: Metric | None) -> str:
     if metric is None or not metric.n:
         return "-"
-    return f"{metric.value:.4f} ± {metric.standard_error:.4f}"
+    digits = _digits(metric.value)
+    return f"{metric.value:.{digits}f}±{metric.standard_error:.{digits}f}"
 
 
 def _difference(comparison: Comparison) -> str:
     low, high = comparison.interval
-    return f"{comparison.delta:+.4f} [{low:+.4f}, {high:+.4f}]"
+    digits = min(_digits(comparison.base), _digits(comparison.tuned))
+    return f"{comparison.delta:+.{digits}f}±{(high - low) / 2:.{digits}f}"
+
+
+def _digits(value: float) -> int:
+    return 3 if abs(value) < 10 else 1
+
+
+def _verdict(comparison: Comparison) -> str:
+    return "within error" if comparison.verdict.startswith("no difference") else comparison.verdict
 
 
 def _conclusion(report: EvalReport) -> str:
@@ -78,7 +91,7 @@ def _conclusion(report: EvalReport) -> str:
 
 
 def _subjects_table(subjects: dict[str, dict[str, Any]], variants: list[str]) -> Table:
-    table = Table(title="subjects")
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for column in ("subject", "n", "shots", *variants):
         table.add_column(column, justify="left" if column == "subject" else "right")
     for name, values in subjects.items():
@@ -93,8 +106,10 @@ def _letters(report: EvalReport) -> Iterator[str]:
         yield f"letters chosen by {variant}: " + ", ".join(f"{letter} {count}" for letter, count in counts.items())
     constant = report.details.get("always_the_same_letter")
     if constant:
-        scores = ", ".join(f'always "{letter}" {values["macro"]:.4f}' for letter, values in constant.items())
-        yield f"without reading the questions (macro): {scores}, chance {report.details['chance']:.4f}"
+        scores = ", ".join(
+            f"{letter} {values['macro']:.4f} / {values['micro']:.4f}" for letter, values in constant.items()
+        )
+        yield f"always the same letter (macro / micro): {scores}; chance {report.details['chance']:.4f}"
 
 
 def print_worst(report: EvalReport, console: Console, shown: int = 3) -> None:

@@ -138,7 +138,8 @@ def _quantize_one(source: Path, before: GgufHeader, target: Path, name: str, thr
         "fallbacks": fallbacks,
         "bits_per_weight": 8 * size / weights,
     }
-    say(f"{target.name}: {size / 2**20:.1f} MiB, " + ", ".join(f"{n} x {kind}" for kind, n in figures["types"].items()))
+    types = ", ".join(f"{n} x {kind}" for kind, n in figures["types"].items())
+    say(f"{name}: {figures['bits_per_weight']:.2f} bits a weight; tensors {types}")
     if fallbacks:
         example = next(iter(fallbacks))
         say(

@@ -6,6 +6,7 @@ from rich.text import Text
 
 from unsloth_factory.data.encode import describe_sample
 from unsloth_factory.data.types import TokenPair, TokenSample
+from unsloth_factory.training.progress import print_labelled
 from unsloth_factory.training.session import Session
 
 PRECISION_TEXT = {
@@ -19,7 +20,7 @@ MOST_CHARACTERS = 1600
 def announce(session: Session) -> None:
     """Print the plan of the training and its first sample."""
     for line in plan_lines(session):
-        session.progress.say(line)
+        print_labelled(session.progress.console, line)
     first = session.job.train_items[0]
     for label, sample in _rows(first):
         session.progress.say(f"{label} (what is trained stands between ⟦ and ⟧):")
@@ -31,7 +32,8 @@ def plan_lines(session: Session) -> list[str]:
     job, loop, plan = session.job, session.job.loop, session.plan
     trainable, total = job.loaded.parameter_counts()
     processes = session.accelerator.num_processes
-    rows = "packed into one row" if session.packing else "padded"
+    rows = " packed into one row" if session.packing else " padded"
+    rows = rows if loop.batch_size > 1 else ""
     return [
         *job.loaded.notes,
         f"Engine      {job.loaded.engine}: {job.loaded.engine_reason}",
@@ -44,7 +46,7 @@ def plan_lines(session: Session) -> list[str]:
         f"{job.tuning.finetuning_type}",
         f"Samples     {len(job.train_items):,} to train on, {len(job.eval_items):,} held out",
         f"Steps       {plan.total_steps:,} of {loop.batch_size * loop.accumulation_steps} samples "
-        f"({loop.batch_size} {rows} x {loop.accumulation_steps}), {_epochs(plan.epoch(plan.total_steps))}",
+        f"({loop.batch_size}{rows} x {loop.accumulation_steps}), {_epochs(plan.epoch(plan.total_steps))}",
         f"Optimizer   {loop.optimizer}, peak rate {session.peak_rate:g}, {loop.lr_scheduler_type}, "
         f"warm-up {100 * loop.warmup_ratio:g} %, seed {loop.seed}",
     ]

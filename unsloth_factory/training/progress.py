@@ -12,7 +12,10 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
+from rich.table import Table
 from rich.text import Text
+
+LABEL_WIDTH = 12
 
 
 class Progress:
@@ -96,6 +99,19 @@ def _means(steps: list[tuple[float, float]]) -> tuple[float, float]:
     """(mean loss, mean tokens per second) of some steps; those without a finite loss were not applied."""
     losses = [loss for loss, _ in steps if math.isfinite(loss)]
     return fmean(losses) if losses else math.nan, harmonic_mean([speed for _, speed in steps])
+
+
+def print_labelled(console: Console, line: str) -> None:
+    """Print a line "Label       text", its label in 12 columns; on a terminal the text wraps beside the label."""
+    label, text = line[:LABEL_WIDTH], line[LABEL_WIDTH:]
+    if not console.is_terminal or not label.endswith(" "):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        return
+    grid = Table.grid()
+    grid.add_column(width=LABEL_WIDTH)
+    grid.add_column(overflow="fold")
+    grid.add_row(Text(label), Text(text))
+    console.print(grid)
 
 
 def duration(seconds: float) -> str:
