@@ -167,7 +167,8 @@ def _check(temporary: Path, model: Path, output: Path, options: GgufOptions) -> 
         raise UserError(message) from None
     say(
         f"same prompts and token ids in {figures['conversations']} conversations x 3 modes and {figures['texts']} "
-        f"texts; greedy answers {figures['greedy_equal']}/{figures['greedy_prompts']}; max KL {figures['kl_max']:.2e}"
+        f"texts; greedy answers {figures['greedy_equal']}/{figures['greedy_prompts']}; KL "
+        f"{figures['kl_p99']:.1e} at the 99th percentile, {figures['kl_max']:.1e} at most"
     )
     return figures
 

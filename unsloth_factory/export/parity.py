@@ -23,8 +23,11 @@ from unsloth_factory.export.streamed import StreamedModel, kl_divergence
 from unsloth_factory.export.weights import WeightFolder
 from unsloth_factory.inference.llama_cpp import LlamaCpp
 
-# Largest KL divergence in nats of any position, by number format of the file.
+# KL divergence in nats that 99 % of the positions keep, by number format of the file; no position exceeds ten times it.
+# llama.cpp rounds the activations of a product to the format of its weights: an f32 file of the demo's model reads 4e-10,
+# its f16 file (the same weights) 6e-5 at the worst of 732 positions, and sharper models up to 1.4e-4 at single ones.
 KL_LIMITS = {"f32": 1e-4, "f16": 1e-4, "bf16": 3e-3, "q8_0": 3e-2}
+KL_OUTLIER = 10.0
 # A greedy token may differ only where transformers itself prefers its own by less than this (logits): a near tie.
 GREEDY_GAPS = {"f32": 0.05, "f16": 0.05, "bf16": 0.25}
 ANSWER_TOKENS = 24
@@ -54,7 +57,7 @@ def check_parity(llama: LlamaCpp, probe: ParityProbe, figures: dict[str, Any]) -
         llama: The file, loaded.
         probe: What it is compared with.
         figures: Filled as the checks go: conversations, texts, token_parity, greedy_equal, greedy_prompts, near_ties,
-            positions, kl_max, kl_mean, top1, notes.
+            positions, kl_max, kl_p99, kl_mean, top1, notes.
 
     Raises:
         UserError: A gate failed: its name, the value, the limit and what to do.
@@ -219,6 +222,7 @@ def _check_answers(
         "near_ties": int(near),
         "positions": len(kl),
         "kl_max": float(kl.max()),
+        "kl_p99": float(np.quantile(kl, 0.99)),
         "kl_mean": float(kl.mean()),
         "top1": float(np.concatenate(agree).mean()),
     }
@@ -243,10 +247,11 @@ def _greedy_gap(
 
 def _gate(llama: LlamaCpp, outtype: str, figures: dict[str, Any], worst_gap: float) -> None:
     limit = KL_LIMITS[outtype]
-    if not figures["kl_max"] <= limit:
+    if not (figures["kl_p99"] <= limit and figures["kl_max"] <= KL_OUTLIER * limit):
         raise UserError(
-            f"{llama.path.name}: gate KL failed: max KL divergence from transformers {figures['kl_max']:.2e} nats, "
-            f"limit {limit:.0e} for {outtype}. {_finer(outtype)}--no_check keeps the file."
+            f"{llama.path.name}: gate KL failed: KL divergence from transformers {figures['kl_p99']:.2e} nats at the 99th "
+            f"percentile, {figures['kl_max']:.2e} at most; limits for {outtype}: {limit:.0e} and {KL_OUTLIER * limit:.0e}. "
+            f"{_finer(outtype)}--no_check keeps the file."
         )
     if worst_gap:
         raise UserError(
