@@ -23,9 +23,9 @@ from unsloth_factory.export.streamed import StreamedModel, kl_divergence
 from unsloth_factory.export.weights import WeightFolder
 from unsloth_factory.inference.llama_cpp import LlamaCpp
 
-# KL divergence in nats that 99 % of the positions keep, by number format of the file; no position exceeds ten times it.
-# llama.cpp rounds the activations of a product to the format of its weights: an f32 file of the demo's model reads 4e-10,
-# its f16 file (the same weights) 6e-5 at the worst of 732 positions, and sharper models up to 1.4e-4 at single ones.
+# KL divergence in nats that 99 % of the positions keep, by number format of the file; none exceeds ten times it.
+# llama.cpp rounds the activations of a product to the format of its weights: an f32 file of the demo's model reads
+# 4e-10, its f16 file (the same weights) 6e-5 at the worst of 732 positions, sharper models 1.4e-4 at single ones.
 KL_LIMITS = {"f32": 1e-4, "f16": 1e-4, "bf16": 3e-3, "q8_0": 3e-2}
 KL_OUTLIER = 10.0
 # A greedy token may differ only where transformers itself prefers its own by less than this (logits): a near tie.
@@ -249,9 +249,9 @@ def _gate(llama: LlamaCpp, outtype: str, figures: dict[str, Any], worst_gap: flo
     limit = KL_LIMITS[outtype]
     if not (figures["kl_p99"] <= limit and figures["kl_max"] <= KL_OUTLIER * limit):
         raise UserError(
-            f"{llama.path.name}: gate KL failed: KL divergence from transformers {figures['kl_p99']:.2e} nats at the 99th "
-            f"percentile, {figures['kl_max']:.2e} at most; limits for {outtype}: {limit:.0e} and {KL_OUTLIER * limit:.0e}. "
-            f"{_finer(outtype)}--no_check keeps the file."
+            f"{llama.path.name}: gate KL failed: KL divergence from transformers {figures['kl_p99']:.2e} nats at the "
+            f"99th percentile, {figures['kl_max']:.2e} at most; limits for {outtype}: {limit:.0e} and "
+            f"{KL_OUTLIER * limit:.0e}. {_finer(outtype)}--no_check keeps the file."
         )
     if worst_gap:
         raise UserError(
