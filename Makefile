@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: install demo test lint peers gpu clean
+.PHONY: install demo test lint peers torture gpu clean
 install: $(VENV)/.installed
 
 # torch is asked for first and by its exact version: a looser range pulls gigabytes of CUDA onto a machine without a GPU.
@@ -30,6 +30,10 @@ test: install lint
 peers: install
 	$(BIN)/python -m pip install --quiet -c constraints.txt trl
 	$(BIN)/python -m pytest -m peer
+
+# kill -9 at 200 random instants of training; `make test` does 20 of them
+torture: install
+	KILLS=$${KILLS:-200} $(BIN)/python -m pytest tests/torture -s
 
 gpu: install
 	$(BIN)/python -m pytest -m gpu
