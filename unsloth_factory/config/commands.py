@@ -194,3 +194,11 @@ class DemoConfig:
 
     output_dir: str = "output/demo"
     """Run folder."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoctorConfig:
+    """What this machine has for the factory; each problem with its fix."""
+
+    output_dir: str = "output"
+    """Folder whose disk is looked at."""
