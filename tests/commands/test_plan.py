@@ -54,13 +54,31 @@ def test_only_what_changed_runs_again(tmp_path):
     assert sorted(path.name for path in (out / "gguf").glob("*.gguf")) == ["out-f16.gguf", "out-q4_0.gguf"]
     (out / "gguf" / "out-q4_0.gguf").unlink()
     assert ran(uf("run", plan, "--output_dir", out)) == ["quantize"]
-    # The file behind `data.csv#12`: another content trains anew, over the finished training and all that came of it.
-    first = load_file(out / "final_adapter" / "adapter_model.safetensors")
+    # The file behind `data.csv#12`: with another content the finished training is not deleted unless that is asked for.
+    weights = out / "final_adapter" / "adapter_model.safetensors"
+    first = weights.read_bytes()
     data.write_bytes(data.read_bytes().replace("听澜".encode("gbk"), "观海".encode("gbk")))
-    assert ran(uf("run", plan, "--output_dir", out)) == everything
-    second = load_file(out / "final_adapter" / "adapter_model.safetensors")
-    assert any((first[name] != second[name]).any() for name in first)
+    refused = uf("run", plan, "--output_dir", out)
+    assert refused.code == 1
+    assert "training samples (SHA-256): was" in refused.err
+    assert weights.read_bytes() == first
+    assert ran(uf("run", plan, "--output_dir", out, "--force")) == everything
+    assert weights.read_bytes() != first
     assert ran(uf("run", plan, "--output_dir", out)) == []
+
+
+def test_a_harmless_change_keeps_the_finished_training(tmp_path):
+    data = write_gbk(tmp_path / "data.csv", 16)
+    plan, out = tmp_path / "plan.yaml", tmp_path / "out"
+    text = f"model: tiny\nmax_seq_length: 64\nmax_steps: 2\nval_split: 0\nstages:\n  - sft: {{dataset: {data}}}\n"
+    plan.write_text(text, encoding="utf-8")
+    assert ran(uf("run", plan, "--output_dir", out)) == ["sft"]
+    first = (out / "final_adapter" / "adapter_model.safetensors").read_bytes()
+    plan.write_text(text.replace("max_steps", "logging_steps: 1\nmax_steps"), encoding="utf-8")
+    outcome = uf("run", plan, "--output_dir", out)
+    assert ran(outcome) == ["sft"]
+    assert "Resumed from" in outcome.out
+    assert (out / "final_adapter" / "adapter_model.safetensors").read_bytes() == first
 
 
 def test_dpo_goes_on_from_the_adapter_of_sft(tmp_path):
@@ -81,6 +99,12 @@ def test_dpo_goes_on_from_the_adapter_of_sft(tmp_path):
     assert any((second[name] != tensor).any() for name, tensor in first.items())
     assert (out / "dpo" / "merged_model" / "model.safetensors").is_file()
     plan.write_text(plan.read_text(encoding="utf-8").replace("beta: 0.2", "beta: 0.3"), encoding="utf-8")
+    refused = uf("run", plan)
+    assert refused.code == 1
+    assert "--beta: was 0.2, now 0.3" in refused.err
+    plan.write_text(
+        plan.read_text(encoding="utf-8").replace("beta: 0.3", "beta: 0.3, overwrite: true"), encoding="utf-8"
+    )
     assert ran(uf("run", plan)) == ["dpo", "merge"]
 
 

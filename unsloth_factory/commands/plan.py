@@ -91,7 +91,7 @@ def run_plan(path: Path, output_dir: str | None, *, force: bool = False) -> int:
         console.rule(title, align="left")
         begun, before = time.monotonic(), _changes(stage)
         outdated = cache.forget(stage.label)
-        code = COMMANDS[stage.command].load()(_started_anew(stage) if outdated or force else stage.config)
+        code = COMMANDS[stage.command].load()(_started_anew(stage) if force else stage.config)
         if code != 0:
             return code
         seconds[stage.label] = round(time.monotonic() - begun, 1)
@@ -224,7 +224,10 @@ def _remove_stale(stage: Stage, outdated: dict[str, Any] | None, made: list[Path
 
 
 def _started_anew(stage: Stage) -> Any:
-    """The stage's settings when its finished result is outdated: a training must not continue that one."""
+    """With --force a training starts at step 0. Without it a finished one is never deleted because a setting changed:
+
+    it is resumed, and the check of its checkpoint takes what is harmless and refuses the rest by name.
+    """
     if stage.command not in TRAINING:
         return stage.config
     return replace(stage.config, run=replace(stage.config.run, resume=None, overwrite=True))

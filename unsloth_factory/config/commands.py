@@ -185,7 +185,7 @@ class PlanConfig:
     output_dir: str | None = None
     """Run folder, instead of the plan's."""
     force: bool = False
-    """Run every stage again."""
+    """Run every stage again; a training starts anew, and its old result is deleted."""
 
 
 @dataclass(frozen=True, kw_only=True)
