@@ -54,7 +54,6 @@ def forked(words: list[str], log: Path) -> int:
     pid = os.fork()
     if pid:
         return pid
-    os.setsid()
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
@@ -71,9 +70,7 @@ def forked(words: list[str], log: Path) -> int:
 def spawned(words: list[str], log: Path) -> int:
     """Start the same training through the real command line; returns its pid."""
     with open(log, "a", encoding="utf-8") as file:
-        child = subprocess.Popen(
-            [sys.executable, str(ROOT / "cli.py"), *words], stdout=file, stderr=file, start_new_session=True
-        )
+        child = subprocess.Popen([sys.executable, str(ROOT / "cli.py"), *words], stdout=file, stderr=file)
     return child.pid
 
 
@@ -88,7 +85,7 @@ def attempt(words: list[str], log: Path, real: bool, kill_after: float | None) -
             code = os.waitstatus_to_exitcode(status)
             return ("done" if code == 0 else f"failed {code}"), seconds
         if kill_after is not None and seconds >= kill_after:
-            os.killpg(os.getpgid(pid), signal.SIGKILL)
+            os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
             return "killed", seconds
         time.sleep(0.005)
