@@ -10,7 +10,7 @@ import pytest
 import yaml
 from command_line import NOBODY, ROOT, uf, write_gbk
 
-from unsloth_factory.commands.plan import read_plan
+from unsloth_factory.commands.run import read_plan
 from unsloth_factory.config.fields import settings_of
 from unsloth_factory.config.parse import canonical, parse
 from unsloth_factory.config.table import COMMANDS

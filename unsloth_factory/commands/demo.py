@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib.resources import as_file, files
 
-from unsloth_factory.commands.plan import run_plan
+from unsloth_factory.commands.run import run_plan
 from unsloth_factory.config.commands import DemoConfig
 
 

@@ -177,7 +177,7 @@ class DeployConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlanConfig:
+class RunPlanConfig:
     """Run the stages of a plan file one after the other; a stage whose inputs are unchanged is skipped."""
 
     plan: str | None = None

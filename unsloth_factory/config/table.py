@@ -34,7 +34,7 @@ COMMANDS = {
     "gguf": Command("convert to GGUF and check it", settings.GgufConfig, "commands.gguf:run"),
     "quantize": Command("quantise a GGUF file", settings.QuantizeConfig, "commands.quantize:run"),
     "deploy": Command("write the Modelfile, create the Ollama model", settings.DeployConfig, "commands.deploy:run"),
-    "run": Command("all stages of a plan file", settings.PlanConfig, "commands.plan:run"),
+    "run": Command("all stages of a plan file", settings.RunPlanConfig, "commands.run:run"),
     "doctor": Command("what this machine has, and how to mend it", settings.DoctorConfig, "commands.doctor:run"),
     "demo": Command("the whole factory on bundled data, offline", settings.DemoConfig, "commands.demo:run"),
 }

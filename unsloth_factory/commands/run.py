@@ -11,7 +11,7 @@ from rich.console import Console
 
 from unsloth_factory import __version__
 from unsloth_factory.commands.summary import write_summary
-from unsloth_factory.config.commands import PlanConfig
+from unsloth_factory.config.commands import RunPlanConfig
 from unsloth_factory.config.errors import UsageError
 from unsloth_factory.config.fields import settings_of
 from unsloth_factory.config.parse import canonical, flat_values, from_mapping, suggestion
@@ -60,7 +60,7 @@ class Stage:
     """Run folder that it works on."""
 
 
-def run(config: PlanConfig) -> int:
+def run(config: RunPlanConfig) -> int:
     """Run a plan file."""
     if config.plan is None:
         raise UsageError("uf run needs a plan file: uf run plan.yaml")
