@@ -13,8 +13,7 @@ import torch
 from training_jobs import said
 
 from unsloth_factory.config.errors import UserError
-from unsloth_factory.training import loop as loop_module
-from unsloth_factory.training import tensors
+from unsloth_factory.training import guards, tensors
 from unsloth_factory.training.loop import train
 from unsloth_factory.training.methods import LossSum, Sft
 
@@ -118,5 +117,5 @@ def test_a_disk_too_small_is_refused_before_the_first_step(
     job = job_in(tmp_path)
     with pytest.raises(UserError, match="Training with 3 checkpoints needs"):
         train(job)
-    assert loop_module.MAX_BAD_STREAK == 10
+    assert guards.MAX_BAD_STREAK == 10
     assert not job.folder.metrics.exists()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 import time
 from datetime import UTC, datetime
@@ -14,8 +13,7 @@ import torch
 from unsloth_factory.config.errors import Stopped, UserError
 from unsloth_factory.data.split import write_validation_split
 from unsloth_factory.run.atomic import partial, publish_folder, require_free_space, write_text
-from unsloth_factory.scoring import wilson_interval
-from unsloth_factory.training import resume
+from unsloth_factory.training import guards, held_out, resume
 from unsloth_factory.training.announce import announce
 from unsloth_factory.training.checkpoint import Checkpoint, disk_errors
 from unsloth_factory.training.job import TrainingJob, TrainResult
@@ -23,11 +21,8 @@ from unsloth_factory.training.plot import plot_loss
 from unsloth_factory.training.progress import Progress, peak_memory
 from unsloth_factory.training.session import Session, open_session
 from unsloth_factory.training.signals import StopSignals
-from unsloth_factory.training.step import StepResult, evaluate, run_step
+from unsloth_factory.training.step import StepResult, run_step
 from unsloth_factory.training.tensors import read_tensors, require_finite, write_tensors
-
-MAX_BAD_STREAK = 10
-"""Steps in a row that may be NaN or infinite before the run is set back, and the second time stopped."""
 
 
 def train(job: TrainingJob) -> TrainResult:
@@ -110,28 +105,28 @@ def walk(session: Session, stop: StopSignals) -> None:
         UserError: Too many steps in a row were not finite, or the disk is full.
         Stopped: A signal came.
     """
-    state, total, run = session.state, session.plan.total_steps, session.job.run
+    state, run = session.state, session.job.run
     session.job.loaded.model.train()
-    session.progress.start(state.step, total)
-    while state.step < total:
+    session.progress.start(state.step, session.total_steps)
+    while not session.over:
         started = time.monotonic()
         result = run_step(session, state.step)
         seconds = time.monotonic() - started
-        _record(session, result)
-        line = _metrics_line(session, result, seconds) | _evaluation(session, stop)
+        guards.record(session, result)
+        line = _metrics_line(session, result, seconds) | held_out.look(session, stop)
         state.seconds += time.monotonic() - started
         _log(session, line)
-        if state.bad_streak >= MAX_BAD_STREAK:
-            rewind(session, result)
+        if guards.lost(session):
+            guards.rewind(session, result, restore)
             continue
         stopped = _stop_signal(session, stop)
         # During a bad streak no regular checkpoint is taken: the one before it is what the run may be set back to.
         due = state.step % run.save_steps == 0 and state.bad_streak == 0
-        if due or stopped or state.step == total:
+        if due or stopped or session.over:
             save(session)
-        if stopped and state.step < total:
+        if stopped and not session.over:
             raise Stopped(
-                f"Stopped at step {state.step} of {total}; everything is saved. "
+                f"Stopped at step {state.step} of {session.total_steps}; everything is saved. "
                 f"Continue with: {session.job.resume_command}",
                 stopped,
             )
@@ -144,80 +139,6 @@ def _stop_signal(session: Session, stop: StopSignals) -> int:
         return received
     flag = torch.tensor([received], device=session.accelerator.device)
     return int(session.accelerator.gather(flag).max())
-
-
-def _record(session: Session, result: StepResult) -> None:
-    """Count the step, and name the samples of one that was not applied."""
-    state = session.state
-    state.step += 1
-    state.tokens += result.tokens
-    if result.finite:
-        state.applied += 1
-        state.bad_streak = 0
-        state.trained_tokens += result.trained_tokens
-        state.last_loss = result.loss
-    elif result.overflow:
-        state.scaler_skips += 1
-    else:
-        state.skipped += 1
-        state.bad_streak += 1
-        session.progress.say(
-            f"Warning: step {state.step}: loss {result.loss}, gradient norm {result.gradient_norm}; the step is not "
-            f"applied ({state.bad_streak} in a row). Samples: {_some(result.sources)}"
-        )
-
-
-def rewind(session: Session, result: StepResult) -> None:
-    """After `MAX_BAD_STREAK` bad steps: once, back to the last checkpoint; then no further.
-
-    Raises:
-        UserError: The run was set back before, or there is nothing to go back to.
-    """
-    state = session.state
-    checkpoint = None if state.rewound else session.job.store.newest_intact()
-    if checkpoint is None:
-        raise UserError(
-            f"{state.bad_streak} steps in a row up to step {state.step} had a loss or gradient that is NaN or "
-            f"infinite{', again after going back to the last checkpoint' if state.rewound else ''}. None of them was "
-            f"applied or saved. Last samples: {_some(result.sources)}. Try a lower --learning_rate (now "
-            f"{session.peak_rate:g}), look at those samples, or drop --dtype float16 on a GPU with bf16."
-        )
-    restore(session, checkpoint)
-    state.rewound = True
-    session.progress.rewind(state.step)
-    session.progress.say(f"Warning: {MAX_BAD_STREAK} bad steps in a row; back to {checkpoint.path}, once")
-
-
-def _evaluation(session: Session, stop: StopSignals) -> dict[str, float]:
-    """Evaluate when it is due; remembers the best step."""
-    state, job = session.state, session.job
-    every = job.run.eval_steps or job.run.save_steps
-    if not job.eval_items or (state.step % every and state.step != session.plan.total_steps):
-        return {}
-    outcome = evaluate(session, lambda: stop.received is not None)
-    if outcome is None:
-        return {}
-    loss, metrics = outcome
-    state.eval_loss = loss if math.isfinite(loss) else None
-    state.eval_metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}
-    if state.eval_loss is not None and (state.best_eval_loss is None or state.eval_loss < state.best_eval_loss):
-        state.best_eval_loss, state.best_step = state.eval_loss, state.step
-    figures = {"eval_loss": loss} | {f"eval_{name}": value for name, value in metrics.items()}
-    best = (
-        f"best loss {state.best_eval_loss:.4f} at step {state.best_step}" if state.best_step else "no finite loss yet"
-    )
-    shown = "  ".join(_shown(session, name, value) for name, value in figures.items())
-    session.progress.say(f"step {state.step}: {shown}  ({best})")
-    return figures
-
-
-def _shown(session: Session, name: str, value: float) -> str:
-    """A figure of the evaluation; a share of the held-out pairs with its 95 % interval."""
-    if name.removeprefix("eval_") not in session.job.method.shares or not math.isfinite(value):
-        return f"{name} {value:.4f}"
-    pairs = len(session.job.eval_items)
-    low, high = wilson_interval(round(value * pairs), pairs)
-    return f"{name} {value:.2f} [{low:.2f}, {high:.2f}]"
 
 
 def _metrics_line(session: Session, result: StepResult, seconds: float) -> dict[str, Any]:
@@ -321,8 +242,3 @@ def _publish_weights(job: TrainingJob, path: Path) -> None:
     temporary = partial(path)
     shutil.rmtree(temporary, ignore_errors=True)
     publish_folder(job.loaded.save_adapter(temporary, facts), path)
-
-
-def _some(sources: list[str], most: int = 8) -> str:
-    more = f" and {len(sources) - most} more" if len(sources) > most else ""
-    return ", ".join(sources[:most]) + more

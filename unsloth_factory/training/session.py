@@ -44,6 +44,8 @@ class LoopState:
     eval_metrics: dict[str, float] = field(default_factory=dict)
     best_eval_loss: float | None = None
     best_step: int | None = None
+    end: str | None = None
+    """Why the run ends before its last step; None while it goes on."""
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able values."""
@@ -73,6 +75,16 @@ class Session:
     resumed_from: int | None = None
 
     @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return self.plan.total_steps
+
+    @property
+    def over(self) -> bool:
+        """No further step is to be done."""
+        return self.state.end is not None or self.state.step >= self.total_steps
+
+    @property
     def packing(self) -> bool:
         """Samples of a micro-batch share one row."""
         return not self.job.loop.no_packing
@@ -99,7 +111,7 @@ class Session:
         loop = self.job.loop
         return schedule.learning_rate(
             step,
-            self.plan.total_steps,
+            self.total_steps,
             peak=self.peak_rate,
             shape=loop.lr_scheduler_type,
             warmup_ratio=loop.warmup_ratio,

@@ -1,0 +1,29 @@
+"""Which samples share a micro-batch. Which samples make an optimizer step never changes; how they are cut may."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from unsloth_factory.data.batching import Batch
+from unsloth_factory.training.session import Session
+
+
+def step_batches(session: Session, step: int) -> list[Batch]:
+    """This process's micro-batches of one step: a pure function of (seed, step), so there is no loader state."""
+    accelerator = session.accelerator
+    planned = session.plan.step(step)[accelerator.process_index :: accelerator.num_processes]
+    size = session.micro_batch
+    micro = [indices[start : start + size] for indices in planned for start in range(0, len(indices), size)]
+    return [_make(session, [session.job.train_items[i] for i in indices]) for indices in micro]
+
+
+def eval_batches(session: Session) -> Iterator[Batch]:
+    """This process's share of the held-out samples, one micro-batch at a time."""
+    items, accelerator, size = session.job.eval_items, session.accelerator, session.micro_batch
+    for start in range(0, len(items), size)[accelerator.process_index :: accelerator.num_processes]:
+        yield _make(session, items[start : start + size])
+
+
+def _make(session: Session, items: Sequence[Any]) -> Batch:
+    return session.job.method.make_batch(items, packing=session.packing, pad_id=session.pad_id)
