@@ -1,0 +1,140 @@
+"""The fast engine computes what the standard one computes: hidden states, gradients of every LoRA matrix, answers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from unsloth_factory.config.settings import TuningSettings
+from unsloth_factory.model.fast.layer import Saving
+from unsloth_factory.model.fast.load import load_fast
+from unsloth_factory.model.lora import attach_lora
+from unsloth_factory.model.standard import load_base
+
+CPU = torch.device("cpu")
+TUNING = TuningSettings(lora_r=4, lora_alpha=8)
+
+
+def both(folder: Path, *, bits: int | None = None, tuning: TuningSettings = TUNING) -> tuple[Any, Any]:
+    from transformers import AutoConfig
+
+    standard = load_base(folder, quantization_bit=bits, device=CPU, dtype=torch.float32)
+    fast = load_fast(
+        folder, AutoConfig.from_pretrained(folder), quantized=bits is not None, device=CPU, dtype=torch.float32
+    )
+    models = [attach_lora(model, tuning, 7) for model in (standard, fast)]
+    fast.model.bind()
+    for model in models:
+        generator = torch.Generator().manual_seed(1)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.data = torch.randn(parameter.shape, generator=generator) * 0.05
+        model.train()
+    return models[0], models[1]
+
+
+def packed_inputs(vocabulary: int = 300) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    positions = torch.cat([torch.arange(n) for n in (7, 1, 12)])[None]
+    return {"input_ids": torch.randint(5, vocabulary, (1, 20), generator=generator), "position_ids": positions}
+
+
+def run(model: Any, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    model.zero_grad()
+    hidden = model.get_base_model().model(**inputs, use_cache=False).last_hidden_state
+    weights = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(2))
+    mask = inputs.get("attention_mask", torch.ones(hidden.shape[:2]))
+    (hidden * weights * mask[..., None]).sum().backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+    return hidden.detach() * mask[..., None], gradients
+
+
+def same(first: tuple[Any, Any], second: tuple[Any, Any], tolerance: float = 2e-5) -> None:
+    def error(a: torch.Tensor, b: torch.Tensor) -> float:
+        return float((a - b).norm() / b.norm().clamp(min=1e-6))
+
+    assert error(first[0], second[0]) < tolerance
+    assert set(first[1]) == set(second[1])
+    worst = max((error(first[1][name], second[1][name]), name) for name in first[1])
+    assert worst[0] < tolerance, worst
+
+
+@pytest.mark.parametrize("family", ["qwen3", "qwen2", "llama", "mistral"])
+def test_gradients_of_packed_rows(family_dir, family):
+    standard, fast = both(family_dir(family))
+    same(run(fast, packed_inputs()), run(standard, packed_inputs()))
+
+
+@pytest.mark.parametrize("saving", list(Saving))
+def test_gradients_are_bit_equal_whatever_is_kept(random_model_dir, saving):
+    _, fast = both(random_model_dir)
+    kept = run(fast, packed_inputs())
+    fast.get_base_model().model.planner.forced = saving
+    again = run(fast, packed_inputs())
+    assert torch.equal(kept[0], again[0])
+    assert all(torch.equal(kept[1][name], again[1][name]) for name in kept[1])
+
+
+def test_nf4(random_model_dir):
+    standard, fast = both(random_model_dir, bits=4)
+    same(run(fast, packed_inputs()), run(standard, packed_inputs()))
+
+
+def test_padded_rows(random_model_dir):
+    standard, fast = both(random_model_dir)
+    ids = packed_inputs()["input_ids"].reshape(2, 10)
+    mask = torch.ones(2, 10, dtype=torch.long)
+    mask[1, 6:] = 0
+    inputs = {"input_ids": ids, "position_ids": torch.arange(10).expand(2, 10), "attention_mask": mask}
+    same(run(fast, inputs), run(standard, inputs))
+
+
+def test_some_targets_only(random_model_dir):
+    tuning = TuningSettings(lora_r=4, lora_target="k_proj,up_proj,down_proj")
+    standard, fast = both(random_model_dir, tuning=tuning)
+    same(run(fast, packed_inputs()), run(standard, packed_inputs()))
+
+
+def test_new_adapters_start_alike(random_model_dir):
+    standard, fast = both(random_model_dir)
+    ours, theirs = dict(fast.named_parameters()), dict(standard.named_parameters())
+    trained = [name for name, p in theirs.items() if p.requires_grad]
+    assert trained == [name for name, p in ours.items() if p.requires_grad]
+    assert all(torch.equal(ours[name], theirs[name]) for name in trained)
+
+
+def test_a_switched_off_adapter(random_model_dir):
+    standard, fast = both(random_model_dir)
+    outputs = []
+    for model in (standard, fast):
+        model.eval()
+        with torch.no_grad(), model.disable_adapter():
+            outputs.append(model.get_base_model().model(**packed_inputs(), use_cache=False).last_hidden_state)
+    assert torch.allclose(*outputs, atol=1e-5)
+
+
+def test_generation_with_a_cache(random_model_dir):
+    from transformers import DynamicCache
+
+    standard, fast = both(random_model_dir)
+    ids = packed_inputs()["input_ids"].reshape(2, 10)
+    mask = torch.ones(2, 10, dtype=torch.long)
+    mask[0, :3] = 0
+    outputs = []
+    for model in (standard.eval(), fast.eval()):
+        inner, cache = model.get_base_model(), DynamicCache(config=model.get_base_model().config)
+        with torch.no_grad():
+            positions = (mask.cumsum(1) - 1).clamp(min=0)
+            first = inner(
+                input_ids=ids, position_ids=positions, attention_mask=mask, past_key_values=cache, logits_to_keep=1
+            ).logits
+            longer = torch.cat([mask, mask.new_ones(2, 1)], dim=1)
+            second = inner(
+                input_ids=ids[:, :1], position_ids=mask.sum(1, keepdim=True), attention_mask=longer,
+                past_key_values=cache, logits_to_keep=1,
+            ).logits  # fmt: skip
+        outputs.append(torch.cat([first, second]))
+    assert torch.allclose(*outputs, atol=1e-4)
