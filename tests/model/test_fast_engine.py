@@ -10,7 +10,7 @@ import torch
 
 from unsloth_factory.config.settings import TuningSettings
 from unsloth_factory.model.fast.layer import Saving
-from unsloth_factory.model.fast.load import load_fast
+from unsloth_factory.model.fast.load import FolderWeights, load_fast
 from unsloth_factory.model.lora import attach_lora
 from unsloth_factory.model.standard import load_base
 
@@ -22,9 +22,8 @@ def both(folder: Path, *, bits: int | None = None, tuning: TuningSettings = TUNI
     from transformers import AutoConfig
 
     standard = load_base(folder, quantization_bit=bits, device=CPU, dtype=torch.float32)
-    fast = load_fast(
-        folder, AutoConfig.from_pretrained(folder), quantized=bits is not None, device=CPU, dtype=torch.float32
-    )
+    weights = FolderWeights(folder, CPU, torch.float32)
+    fast = load_fast(weights, AutoConfig.from_pretrained(folder), quantized=bits is not None)
     models = [attach_lora(model, tuning, 7) for model in (standard, fast)]
     fast.model.bind()
     for model in models:
@@ -138,3 +137,16 @@ def test_generation_with_a_cache(random_model_dir):
             ).logits  # fmt: skip
         outputs.append(torch.cat([first, second]))
     assert torch.allclose(*outputs, atol=1e-4)
+
+
+@pytest.mark.parametrize("chunk", [10**9, 4000])
+def test_cross_entropy_of_the_head(chunk, monkeypatch):
+    from unsloth_factory.model.fast import head
+
+    monkeypatch.setattr(head, "CHUNK_BYTES", chunk)
+    hidden, weight = torch.randn(9, 16, requires_grad=True), torch.randn(300, 16)
+    targets = torch.randint(0, 300, (9,))
+    (head.cross_entropy_sum(hidden, weight, targets) * 0.5).backward()
+    again = hidden.detach().clone().requires_grad_()
+    (torch.nn.functional.cross_entropy(again @ weight.t(), targets, reduction="sum") * 0.5).backward()
+    assert torch.allclose(hidden.grad, again.grad, atol=1e-6)

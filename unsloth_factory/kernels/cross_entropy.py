@@ -6,8 +6,6 @@ Statistics are float32. Shapes: n rows, V vocabulary.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from unsloth_factory.kernels.launch import jit, runs_triton, tl
@@ -18,7 +16,7 @@ BLOCK = 8192
 
 @jit
 def _kernel(
-    logits_ptr: Any, targets_ptr: Any, loss_ptr: Any, stride: Any, scale: Any,
+    logits_ptr, targets_ptr, loss_ptr, stride, scale,
     VOCABULARY: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)

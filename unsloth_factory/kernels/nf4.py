@@ -9,8 +9,6 @@ packed weight; each keeps its own offset.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
-
 import torch
 
 from unsloth_factory.kernels.launch import jit, runs_triton, tl
@@ -53,8 +51,8 @@ class Packed:
 
 @jit
 def _kernel(
-    codes_ptr: Any, absmax_ptr: Any, scales_ptr: Any, offsets_ptr: Any, starts_ptr: Any, scale_starts_ptr: Any,
-    code_ptr: Any, absmax_code_ptr: Any, out_ptr: Any, total: Any, columns: Any, stride: Any,
+    codes_ptr, absmax_ptr, scales_ptr, offsets_ptr, starts_ptr, scale_starts_ptr,
+    code_ptr, absmax_code_ptr, out_ptr, total, columns, stride,
     PARTS: tl.constexpr, BYTES: tl.constexpr,
 ):  # fmt: skip
     first = tl.program_id(0).to(tl.int64) * BYTES

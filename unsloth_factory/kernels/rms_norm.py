@@ -5,15 +5,13 @@ Statistics are float32; x / rms is rounded to x's dtype before the weight is app
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from unsloth_factory.kernels.launch import jit, power_of_two, runs_triton, tl, warps_for
 
 
 @jit
-def _forward_kernel(x_ptr: Any, weight_ptr: Any, y_ptr: Any, h: Any, eps: Any, BLOCK: tl.constexpr):
+def _forward_kernel(x_ptr, weight_ptr, y_ptr, h, eps, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < h
@@ -27,7 +25,7 @@ def _forward_kernel(x_ptr: Any, weight_ptr: Any, y_ptr: Any, h: Any, eps: Any, B
 
 @jit
 def _backward_kernel(
-    dy_ptr: Any, x_ptr: Any, weight_ptr: Any, residual_ptr: Any, dx_ptr: Any, h: Any, eps: Any,
+    dy_ptr, x_ptr, weight_ptr, residual_ptr, dx_ptr, h, eps,
     HAS_RESIDUAL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)

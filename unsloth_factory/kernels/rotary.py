@@ -7,8 +7,6 @@ pairs element i with i + D/2, by the angles of cos and sin, float32 [T, D/2].
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
-
 import torch
 
 from unsloth_factory.kernels import rms_norm
@@ -44,8 +42,8 @@ class HeadNorm:
 
 @jit
 def _forward_kernel(
-    qkv_ptr: Any, cos_ptr: Any, sin_ptr: Any, query_weight_ptr: Any, key_weight_ptr: Any, q_ptr: Any, k_ptr: Any,
-    width: Any, eps: Any, QUERIES: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr,
+    qkv_ptr, cos_ptr, sin_ptr, query_weight_ptr, key_weight_ptr, q_ptr, k_ptr,
+    width, eps, QUERIES: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr,
     ROWS: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
@@ -83,8 +81,8 @@ def _forward_kernel(
 
 @jit
 def _backward_kernel(
-    dq_ptr: Any, dk_ptr: Any, dv_ptr: Any, qkv_ptr: Any, cos_ptr: Any, sin_ptr: Any, query_weight_ptr: Any,
-    key_weight_ptr: Any, dqkv_ptr: Any, width: Any, eps: Any, QUERIES: tl.constexpr, KEYS: tl.constexpr,
+    dq_ptr, dk_ptr, dv_ptr, qkv_ptr, cos_ptr, sin_ptr, query_weight_ptr,
+    key_weight_ptr, dqkv_ptr, width, eps, QUERIES: tl.constexpr, KEYS: tl.constexpr,
     D: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)

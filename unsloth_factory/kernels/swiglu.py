@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 
@@ -14,7 +12,7 @@ BLOCK = 1024
 
 
 @jit
-def _forward_kernel(gate_up_ptr: Any, out_ptr: Any, width: Any, BLOCK: tl.constexpr):
+def _forward_kernel(gate_up_ptr, out_ptr, width, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < width
@@ -25,7 +23,7 @@ def _forward_kernel(gate_up_ptr: Any, out_ptr: Any, width: Any, BLOCK: tl.conste
 
 
 @jit
-def _backward_kernel(dout_ptr: Any, gate_up_ptr: Any, dgate_up_ptr: Any, out_ptr: Any, width: Any, BLOCK: tl.constexpr):
+def _backward_kernel(dout_ptr, gate_up_ptr, dgate_up_ptr, out_ptr, width, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < width

@@ -32,16 +32,13 @@ FUSED = {
 """Projections that share their input, stored as one matrix."""
 
 
-class _Weights:
+class FolderWeights:
     """Tensors of a model folder by name, each read when it is asked for."""
 
     def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype) -> None:
         self.folder, self.device, self.dtype = folder, device, dtype
         self._shards = {entry.name: shard for shard, entry in tensor_entries(folder)}
         self._open: dict[Path, Any] = {}
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._shards
 
     def get(self, name: str) -> torch.Tensor:
         """A tensor in the computation dtype, on the device."""
@@ -55,15 +52,13 @@ class _Weights:
         return self._open[shard].get_tensor(name).to(device=self.device).to(self.dtype)
 
 
-def load_fast(folder: Path, config: Any, *, quantized: bool, device: torch.device, dtype: torch.dtype) -> Any:
-    """Load a checked model folder.
+def load_fast(weights: Any, config: Any, *, quantized: bool) -> Any:
+    """Build the model from its tensors.
 
     Args:
-        folder: Safetensors and config.json.
-        config: Its transformers configuration; `spec.why_not` has nothing against it.
-        quantized: NF4 with double quantisation, otherwise 16 (CPU: 32) bit.
-        device: Where the weights go.
-        dtype: Computation dtype.
+        weights: `FolderWeights`, or anything else with its `get`, `device` and `dtype`.
+        config: The model's transformers configuration; `spec.why_not` has nothing against it.
+        quantized: NF4 with double quantisation, otherwise the computation dtype.
 
     Returns:
         transformers' causal language model whose `model` is a `FastDecoder`; nothing trains yet. After LoRA matrices
@@ -77,8 +72,7 @@ def load_fast(folder: Path, config: Any, *, quantized: bool, device: torch.devic
     auto: Any = AutoModelForCausalLM
     spec = DecoderSpec.of(config)
     with torch.device("meta"):
-        model = auto.from_config(config, dtype=dtype)
-    weights = _Weights(folder, device, dtype)
+        model = auto.from_config(config, dtype=weights.dtype)
     inner = model.model
     _set(inner.embed_tokens, weights.get("model.embed_tokens.weight"))
     _set(inner.norm, weights.get("model.norm.weight"))
@@ -89,7 +83,7 @@ def load_fast(folder: Path, config: Any, *, quantized: bool, device: torch.devic
         model.lm_head.weight = inner.embed_tokens.weight
     else:
         _set(model.lm_head, weights.get("lm_head.weight"))
-    model.model = FastDecoder(inner, spec, layers, device)
+    model.model = FastDecoder(inner, spec, layers, weights.device)
     return model.eval().requires_grad_(False)
 
 
@@ -102,7 +96,7 @@ def _set(module: Any, weight: torch.Tensor) -> None:
     module.weight = nn.Parameter(weight, requires_grad=False)
 
 
-def _layer(names: Any, prefix: str, weights: _Weights, spec: DecoderSpec, quantized: bool) -> Layer:
+def _layer(names: Any, prefix: str, weights: Any, spec: DecoderSpec, quantized: bool) -> Layer:
     _set(names.input_layernorm, weights.get(f"{prefix}input_layernorm.weight"))
     _set(names.post_attention_layernorm, weights.get(f"{prefix}post_attention_layernorm.weight"))
     head = None
@@ -115,7 +109,7 @@ def _layer(names: Any, prefix: str, weights: _Weights, spec: DecoderSpec, quanti
     return Layer(spec, norms, fused["qkv"], fused["out"], fused["gate_up"], fused["down"])
 
 
-def _fused(names: Any, prefix: str, parts: Sequence[str], weights: _Weights, quantized: bool) -> FusedLinear:
+def _fused(names: Any, prefix: str, parts: Sequence[str], weights: Any, quantized: bool) -> FusedLinear:
     """One matrix of several projections; each is quantised by itself, as it would be elsewhere."""
     pieces: list[Any] = []
     biases, places, start = [], [], 0
