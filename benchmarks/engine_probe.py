@@ -118,6 +118,39 @@ def pieces(tokens: int) -> None:
         say(what="cudnn one document", error=repr(error)[:300])
 
 
+def cudnn() -> None:
+    """cuDNN's attention over packed documents, against the flash kernel of torch."""
+    import subprocess
+
+    done = subprocess.run([sys.executable, __file__, "--cudnn"], capture_output=True, text=True, timeout=60)
+    print(done.stdout, done.stderr[-800:], flush=True)
+
+
+def cudnn_probe() -> None:
+    aten = torch.ops.aten
+    for lengths in ([1024, 1024], [900, 300, 700, 148], [2048]):
+        tokens = sum(lengths)
+        q = torch.randn(tokens, 32, 128, device=DEVICE, dtype=DTYPE)
+        k, v = (torch.randn(tokens, 8, 128, device=DEVICE, dtype=DTYPE) for _ in range(2))
+        docs = attention.Documents.of(lengths, DEVICE)
+        att = attention.attention(q, k, v, docs)
+        dq = torch.randn_like(q)
+        flash = attention.attention_backward(dq, q, k, v, att, docs)
+        b, m, scale = docs.borders, docs.longest, 1 / math.sqrt(128)
+        say(what="flash", lengths=lengths, forward=round(timed(lambda: attention.attention(q, k, v, docs)), 4),
+            backward=round(timed(lambda: attention.attention_backward(dq, q, k, v, att, docs)), 4))
+        try:
+            run = lambda: aten._cudnn_attention_forward(q, k, v, None, b, b, m, m, True, 0.0, True, False, scale=scale)  # noqa: E731
+            out = run()
+            error = ((out[0].view_as(att.out) - att.out).float().norm() / att.out.float().norm()).item()
+            back = lambda: aten._cudnn_attention_backward(dq, q, k, v, out[0], out[1], out[6], out[7], None, b, b, m, m, 0.0, True, scale=scale)  # noqa: E731
+            grads = back()
+            errors = [((x.view_as(y) - y).float().norm() / y.float().norm()).item() for x, y in zip(grads, flash, strict=True)]
+            say(what="cudnn", lengths=lengths, forward=round(timed(run), 4), backward=round(timed(back), 4), error=error, errors=errors)
+        except Exception as error:
+            say(what="cudnn", lengths=lengths, error=repr(error)[:400])
+
+
 def products(tokens: int) -> None:
     """LoRA's share of a fused projection: as it is, and folded into one longer product."""
     for name, (n, k, parts) in {"qkv": (6144, 4096, 3), "out": (4096, 4096, 1), "gate_up": (24576, 4096, 2),
@@ -227,6 +260,63 @@ def whole(peft: Any, sizes: list[int]) -> None:
                 say(what="whole", saving=saving.value, tokens=tokens, error=str(error)[:120])
 
 
+def mix(count: int, mean: float, low: int, high: int, seed: int = 3407) -> list[int]:
+    """Sample lengths: log-normal, mean 900 with median 700 (or the same spread around another mean), clipped."""
+    import random
+
+    chooser = random.Random(seed)
+    sigma = math.sqrt(2 * math.log(900 / 700))
+    return [min(high, max(low, round(chooser.lognormvariate(math.log(mean) - sigma * sigma / 2, sigma)))) for _ in range(count)]
+
+
+def micro_batches(lengths: list[int], budget: int) -> list[list[int]]:
+    """Longest first into the first micro-batch with room."""
+    bins: list[list[int]] = []
+    for length in sorted(lengths, reverse=True):
+        place = next((b for b in bins if sum(b) + length <= budget), None)
+        if place is None:
+            bins.append([length])
+        else:
+            place.append(length)
+    return bins
+
+
+def stream(peft: Any, name: str, lengths: list[int], budget: int, per_step: int = 32) -> None:
+    """Real tokens a second over optimizer steps of `per_step` samples."""
+    import bitsandbytes as bnb
+
+    inner = peft.get_base_model()
+    inner.model.planner.forced = None
+    optimizer = bnb.optim.AdamW8bit([p for p in peft.parameters() if p.requires_grad], lr=1e-4)
+    steps = [lengths[i : i + per_step] for i in range(0, len(lengths) - per_step + 1, per_step)]
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    rates, done, kept = [], 0, []
+    for number, step_lengths in enumerate(steps):
+        torch.cuda.synchronize()
+        started = time.time()
+        for lengths_here in micro_batches(step_lengths, budget):
+            total = sum(lengths_here)
+            ids = torch.randint(0, 151000, (1, total))
+            positions = torch.cat([torch.arange(n) for n in lengths_here])[None]
+            offsets = [sum(lengths_here[:i]) for i in range(len(lengths_here))]
+            index = torch.cat([torch.arange(o + n // 2, o + n) for o, n in zip(offsets, lengths_here, strict=True)]).to(DEVICE)
+            targets = torch.randint(0, 151000, (len(index),)).to(DEVICE)
+            hidden = inner.model(input_ids=ids, position_ids=positions).last_hidden_state[0]
+            (cross_entropy_sum(hidden.index_select(0, index), inner.lm_head.weight, targets) / 1e4).backward()
+            done += 1
+        optimizer.step()
+        optimizer.zero_grad()
+        torch.cuda.synchronize()
+        rates.append(sum(step_lengths) / (time.time() - started))
+        kept.append(len(micro_batches(step_lengths, budget)))
+    rates = sorted(rates[2:])
+    say(what="mix", name=name, budget=budget, tok_s=round(rates[len(rates) // 2]), slowest=round(rates[0]), fastest=round(rates[-1]),
+        micro_batches=sum(kept) / len(kept), peak=round(torch.cuda.max_memory_allocated() / 2**30, 2),
+        reserved=round(torch.cuda.max_memory_reserved() / 2**30, 2))
+
+
 def profile(peft: Any, tokens: int) -> None:
     """Kernels of one micro-batch by GPU time."""
     planner = peft.get_base_model().model.planner
@@ -249,20 +339,28 @@ def profile(peft: Any, tokens: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--layers", type=int, default=36)
+    parser.add_argument("--cudnn", action="store_true")
     parser.add_argument("--cap", type=float, default=0.0)
     arguments = parser.parse_args()
+    if arguments.cudnn:
+        return cudnn_probe()
     if arguments.cap:
         torch.cuda.set_per_process_memory_fraction(arguments.cap * 2**30 / torch.cuda.get_device_properties(0).total_memory)
     assert math.isfinite(arguments.cap)
     import traceback
 
-    for part in (dequantize_settings, lambda: pieces(2048), lambda: products(2048)):
+    for part in (lambda: pieces(2048), cudnn):
         try:
             part()
         except Exception:
             traceback.print_exc()
     peft = model(arguments.layers)
-    for part in (lambda: whole(peft, [512, 1024, 2048, 2560, 4096]), lambda: profile(peft, 2048)):
+    long, short = mix(320, 900, 64, 4096), mix(320, 200, 16, 1024)
+    for part in (
+        lambda: whole(peft, [512, 1024, 2048, 2560, 4096]), lambda: profile(peft, 2048),
+        *(lambda b=b: stream(peft, "mean900", long, b) for b in (2048, 2400, 2800, 3400, 4096)),
+        *(lambda b=b: stream(peft, "mean200", short, b) for b in (2048, 2400, 2800)),
+    ):
         try:
             part()
         except Exception:

@@ -10,7 +10,7 @@ import os
 import pytest
 import torch
 
-from unsloth_factory.kernels import attention, cross_entropy, nf4, rms_norm, rotary, swiglu
+from unsloth_factory.kernels import attention, cross_entropy, nf4, rms_norm, rotary, shadows, swiglu
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TRITON = DEVICE.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
@@ -41,9 +41,12 @@ SHAPES = [(1, 8), (3, 100), (5, 257), (2, 4096)]
 @pytest.mark.parametrize("shape", SHAPES)
 def test_rms_norm_kernel(shape, dtype):
     x, w, dy, r = (draw(*s, dtype=dtype, seed=i) for i, s in enumerate([shape, shape[1:], shape, shape]))
-    close(rms_norm.launch_forward(x, w, 1e-6), rms_norm.twin(x, w, 1e-6), dtype)
+    wide = torch.full((shape[0], shape[1] + 3), 7.0, dtype=dtype, device=DEVICE)
+    rms_norm.launch_forward(x, w, 1e-6, wide[:, :-3])
+    close(wide[:, :-3], rms_norm.twin(x, w, 1e-6), dtype)
+    assert (wide[:, -3:] == 7.0).all()
     for residual in (r, None):
-        ours = rms_norm.launch_backward(dy, x, w, 1e-6, residual)
+        ours = rms_norm.launch_backward(dy, x, w, 1e-6, residual, wide[:, :-3])
         close(ours, rms_norm.twin_backward(dy, x, w, 1e-6, residual), dtype)
 
 
@@ -59,20 +62,22 @@ def test_rms_norm_backward_is_the_gradient():
 @pytest.mark.parametrize("shape", [(1, 4), (3, 100), (2, 1025)])
 def test_swiglu_kernel(shape, dtype):
     gate_up, dout = draw(shape[0], 2 * shape[1], dtype=dtype), draw(*shape, dtype=dtype, seed=1)
-    close(swiglu.launch_forward(gate_up), swiglu.twin(gate_up), dtype)
-    wanted = swiglu.twin_backward(dout, gate_up.clone())
-    actual = swiglu.launch_backward(dout, gate_up.clone())
-    close(actual[0], wanted[0], dtype)
-    close(actual[1], wanted[1], dtype)
+    close(swiglu.launch_forward(gate_up, torch.empty_like(dout)), swiglu.twin(gate_up), dtype)
+    wide = torch.full((shape[0], 2 * shape[1] + 5), 7.0, dtype=dtype, device=DEVICE)
+    ours, wanted = wide[:, :-5], gate_up.clone()
+    ours.copy_(gate_up)
+    close(swiglu.launch_backward(dout, ours), swiglu.twin_backward(dout, wanted), dtype)
+    close(ours, wanted, dtype)
+    assert (wide[:, -5:] == 7.0).all()
 
 
 def test_swiglu_backward_is_the_gradient():
     gate_up, dout = draw(4, 14).requires_grad_(), draw(4, 7, seed=1)
     out = swiglu.twin(gate_up)
     out.backward(dout)
-    gradient, again = swiglu.twin_backward(dout, gate_up.detach().clone())
+    gradient = gate_up.detach().clone()
+    close(swiglu.twin_backward(dout, gradient), out.detach(), torch.float32)
     close(gradient, gate_up.grad, torch.float32)
-    close(again, out.detach(), torch.float32)
 
 
 HEADS = [rotary.Heads(4, 2, 16), rotary.Heads(3, 1, 24), rotary.Heads(1, 1, 64)]
@@ -101,8 +106,11 @@ def test_rotary_kernel(heads, dtype, normed):
         rotary.launch_forward(qkv, cos, sin, heads, norm), rotary.twin(qkv, cos, sin, heads, norm), strict=True
     ):
         close(actual, wanted, dtype)
-    ours = rotary.launch_backward(gradients, qkv, cos, sin, heads, norm)
-    close(ours, rotary.twin_backward(gradients, qkv, cos, sin, heads, norm), dtype)
+    wanted = rotary.twin_backward(gradients, qkv, cos, sin, heads, norm)
+    wide = torch.full((len(qkv), heads.width + 8), 7.0, dtype=dtype, device=DEVICE)
+    wide[:, :-8] = qkv
+    close(rotary.launch_backward(gradients, wide[:, :-8], cos, sin, heads, norm), wanted, dtype)
+    assert (wide[:, -8:] == 7.0).all()
 
 
 @pytest.mark.parametrize("normed", [True, False])
@@ -181,6 +189,22 @@ def test_nf4_kernel(shapes, dtype):
     else:  # the interpreter cuts float32 off where a GPU rounds it
         close(out[:, :columns], wanted, dtype, factor=0.3)
     assert (out[:, columns:] == 7.0).all()
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_shadows_kernel(dtype):
+    big = torch.zeros(40, 24, dtype=dtype, device=DEVICE)
+    sources = [torch.nn.Parameter(draw(40, 16)), torch.nn.Parameter(draw(40, 8, seed=1)), torch.nn.Parameter(draw(3, 700))]
+    row = torch.zeros(3, 700, dtype=dtype, device=DEVICE)
+    copies = [shadows.Shadow(big[:, :16], sources[0], 2.0), shadows.Shadow(big[:, 16:], sources[1], 1.0)]
+    group = shadows.Shadows([*copies, shadows.Shadow(row, sources[2], 1.0)])
+    for _ in range(2):
+        group._launch()
+        close(big[:, :16], 2.0 * sources[0].detach(), dtype)
+        close(big[:, 16:], sources[1].detach(), dtype)
+        close(row, sources[2].detach(), dtype)
+        sources[2].data = draw(3, 700, seed=9)  # another place in memory
 
 
 LENGTHS = [[2], [5, 1, 9], [33, 64]]

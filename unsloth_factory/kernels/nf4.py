@@ -17,8 +17,9 @@ BLOCK_SIZE = 64
 """Weights that share a maximum."""
 NESTED_SIZE = 256
 """Maxima that share a scale."""
-PROGRAM_BYTES = 2048
-"""Packed bytes a program unpacks: 4,096 weights, 64 maxima."""
+PROGRAM_BYTES = 1024
+"""Packed bytes a program unpacks (2,048 weights, 32 maxima) with 2 warps: the fastest of twelve settings on an H200,
+3.1 TB/s of reads and writes."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,8 @@ def launch(packed: Packed, out: torch.Tensor) -> torch.Tensor:
     _kernel[(-(-total // PROGRAM_BYTES),)](
         packed.codes, packed.absmax, packed.scales, packed.offsets, packed.starts, packed.scale_starts, packed.code,
         packed.absmax_code, out, total, packed.shape[1], out.stride(0),
-        PARTS=len(packed.offsets), BYTES=PROGRAM_BYTES, num_warps=8,
+        PARTS=len(packed.offsets), BYTES=PROGRAM_BYTES, num_warps=2,
+        enable_fp_fusion=False,  # bitsandbytes rounds between the product and the sum
     )  # fmt: skip
     return out
 

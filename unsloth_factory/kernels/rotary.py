@@ -43,7 +43,7 @@ class HeadNorm:
 @jit
 def _forward_kernel(
     qkv_ptr, cos_ptr, sin_ptr, query_weight_ptr, key_weight_ptr, q_ptr, k_ptr,
-    width, eps, QUERIES: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr,
+    stride, eps, QUERIES: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr,
     ROWS: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
@@ -51,7 +51,7 @@ def _forward_kernel(
     column = tl.arange(0, HALF)[None, :]
     is_query = head < QUERIES
     inside = (head < QUERIES + KEYS) & (column < D // 2)
-    source = qkv_ptr + token * width + head * D + column
+    source = qkv_ptr + token * stride + head * D + column
     first = tl.load(source, mask=inside, other=0.0).to(tl.float32)
     second = tl.load(source + D // 2, mask=inside, other=0.0).to(tl.float32)
     dtype = q_ptr.dtype.element_ty
@@ -82,7 +82,7 @@ def _forward_kernel(
 @jit
 def _backward_kernel(
     dq_ptr, dk_ptr, dv_ptr, qkv_ptr, cos_ptr, sin_ptr, query_weight_ptr,
-    key_weight_ptr, dqkv_ptr, width, eps, QUERIES: tl.constexpr, KEYS: tl.constexpr,
+    key_weight_ptr, stride, eps, QUERIES: tl.constexpr, KEYS: tl.constexpr,
     D: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
@@ -106,7 +106,7 @@ def _backward_kernel(
     turned = is_query | is_key
     r1 = tl.where(turned, d1 * cos + d2 * sin, d1)
     r2 = tl.where(turned, d2 * cos - d1 * sin, d2)
-    place = token * width + head * D + column
+    place = token * stride + head * D + column
     if NORM:
         x1 = tl.load(qkv_ptr + place, mask=inside & turned, other=0.0).to(tl.float32)
         x2 = tl.load(qkv_ptr + place + D // 2, mask=inside & turned, other=0.0).to(tl.float32)
@@ -125,10 +125,11 @@ def _backward_kernel(
         mean = ((tl.sum(g1 * n1, axis=1) + tl.sum(g2 * n2, axis=1)) / D)[:, None]
         r1 = tl.where(turned, inverse * (g1 - n1 * mean), r1)
         r2 = tl.where(turned, inverse * (g2 - n2 * mean), r2)
-    dtype = dqkv_ptr.dtype.element_ty
+    dtype = qkv_ptr.dtype.element_ty
     written = inside & (head < QUERIES + 2 * KEYS)
-    tl.store(dqkv_ptr + place, r1.to(dtype), mask=written)
-    tl.store(dqkv_ptr + place + D // 2, r2.to(dtype), mask=written)
+    tl.debug_barrier()  # all of the token is read before any of it is overwritten
+    tl.store(qkv_ptr + place, r1.to(dtype), mask=written)
+    tl.store(qkv_ptr + place + D // 2, r2.to(dtype), mask=written)
 
 
 def rotary(
@@ -148,10 +149,10 @@ def rotary_backward(
     heads: Heads,
     norm: HeadNorm | None,
 ) -> torch.Tensor:
-    """dqkv [T, (Hq + 2 Hk) D] of (dq [T, Hq, D], dk [T, Hk, D], dv [T, Hk, D])."""
+    """dqkv [T, (Hq + 2 Hk) D] of (dq [T, Hq, D], dk [T, Hk, D], dv [T, Hk, D]), written over qkv."""
     if runs_triton(qkv):
         return launch_backward(gradients, qkv, cos, sin, heads, norm)
-    return twin_backward(gradients, qkv, cos, sin, heads, norm)
+    return qkv.copy_(twin_backward(gradients, qkv, cos, sin, heads, norm))
 
 
 def _grid(heads: Heads, rows: int) -> dict[str, int]:
@@ -172,7 +173,7 @@ def launch_forward(
     k = qkv.new_empty(tokens, heads.keys, heads.size)
     weights = (norm.query_weight, norm.key_weight, norm.eps) if norm else (cos, cos, 0.0)
     _forward_kernel[(tokens,)](
-        qkv, cos, sin, weights[0], weights[1], q, k, heads.width, weights[2],
+        qkv, cos, sin, weights[0], weights[1], q, k, qkv.stride(0), weights[2],
         NORM=norm is not None, **_grid(heads, heads.queries + heads.keys),
     )  # fmt: skip
     return q, k
@@ -187,14 +188,13 @@ def launch_backward(
     norm: HeadNorm | None,
 ) -> torch.Tensor:
     """The Triton kernel."""
-    tokens = qkv.shape[0]
-    dqkv = torch.empty_like(qkv)
     weights = (norm.query_weight, norm.key_weight, norm.eps) if norm else (cos, cos, 0.0)
-    _backward_kernel[(tokens,)](
-        *gradients, qkv, cos, sin, weights[0], weights[1], dqkv, heads.width, weights[2],
+    gradients = tuple(gradient.contiguous() for gradient in gradients)  # type: ignore[assignment]
+    _backward_kernel[(qkv.shape[0],)](
+        *gradients, qkv, cos, sin, weights[0], weights[1], qkv.stride(0), weights[2],
         NORM=norm is not None, **_grid(heads, heads.queries + 2 * heads.keys),
     )  # fmt: skip
-    return dqkv
+    return qkv
 
 
 def split(qkv: torch.Tensor, heads: Heads) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -12,22 +12,22 @@ BLOCK = 1024
 
 
 @jit
-def _forward_kernel(gate_up_ptr, out_ptr, width, BLOCK: tl.constexpr):
+def _forward_kernel(gate_up_ptr, out_ptr, stride, out_stride, width, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < width
-    gate = tl.load(gate_up_ptr + row * 2 * width + columns, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(gate_up_ptr + row * 2 * width + width + columns, mask=inside, other=0.0).to(tl.float32)
+    gate = tl.load(gate_up_ptr + row * stride + columns, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(gate_up_ptr + row * stride + width + columns, mask=inside, other=0.0).to(tl.float32)
     out = gate * tl.sigmoid(gate) * up
-    tl.store(out_ptr + row * width + columns, out.to(out_ptr.dtype.element_ty), mask=inside)
+    tl.store(out_ptr + row * out_stride + columns, out.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @jit
-def _backward_kernel(dout_ptr, gate_up_ptr, dgate_up_ptr, out_ptr, width, BLOCK: tl.constexpr):
+def _backward_kernel(dout_ptr, gate_up_ptr, out_ptr, stride, width, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < width
-    left = row * 2 * width + columns
+    left = row * stride + columns
     gate = tl.load(gate_up_ptr + left, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(gate_up_ptr + left + width, mask=inside, other=0.0).to(tl.float32)
     dout = tl.load(dout_ptr + row * width + columns, mask=inside, other=0.0).to(tl.float32)
@@ -35,37 +35,41 @@ def _backward_kernel(dout_ptr, gate_up_ptr, dgate_up_ptr, out_ptr, width, BLOCK:
     silu = gate * sigmoid
     dtype = out_ptr.dtype.element_ty
     tl.store(out_ptr + row * width + columns, (silu * up).to(dtype), mask=inside)
-    tl.store(dgate_up_ptr + left, (dout * up * sigmoid * (1.0 + gate * (1.0 - sigmoid))).to(dtype), mask=inside)
-    tl.store(dgate_up_ptr + left + width, (dout * silu).to(dtype), mask=inside)
+    tl.store(gate_up_ptr + left, (dout * up * sigmoid * (1.0 + gate * (1.0 - sigmoid))).to(dtype), mask=inside)
+    tl.store(gate_up_ptr + left + width, (dout * silu).to(dtype), mask=inside)
 
 
-def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
-    """out [T, I] of gate_up [T, 2 I]."""
-    return launch_forward(gate_up) if runs_triton(gate_up) else twin(gate_up)
+def swiglu(gate_up: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    """out [T, I] of gate_up [T, 2 I]; rows of both may be longer."""
+    out = gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2) if out is None else out
+    return launch_forward(gate_up, out) if runs_triton(gate_up) else out.copy_(twin(gate_up))
 
 
-def swiglu_backward(dout: torch.Tensor, gate_up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(dgate_up [T, 2 I], out [T, I]); dgate_up is written over gate_up.
+def swiglu_backward(dout: torch.Tensor, gate_up: torch.Tensor) -> torch.Tensor:
+    """out [T, I] once more, and dgate_up [T, 2 I], which is written over gate_up.
 
-    `out` is made again because the gradient of the next product's LoRA needs it, which is why it is not saved.
+    The gradient of the next product's LoRA needs `out`; making it again here is why it is not saved.
     """
     return launch_backward(dout, gate_up) if runs_triton(gate_up) else twin_backward(dout, gate_up)
 
 
-def launch_forward(gate_up: torch.Tensor) -> torch.Tensor:
+def launch_forward(gate_up: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     """The Triton kernel."""
-    rows, width = gate_up.shape[0], gate_up.shape[1] // 2
-    out = gate_up.new_empty(rows, width)
-    _forward_kernel[(rows, -(-width // BLOCK))](gate_up, out, width, BLOCK=BLOCK, num_warps=4)
+    rows, width = out.shape
+    _forward_kernel[(rows, -(-width // BLOCK))](
+        gate_up, out, gate_up.stride(0), out.stride(0), width, BLOCK=BLOCK, num_warps=4
+    )
     return out
 
 
-def launch_backward(dout: torch.Tensor, gate_up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def launch_backward(dout: torch.Tensor, gate_up: torch.Tensor) -> torch.Tensor:
     """The Triton kernel."""
-    rows, width = gate_up.shape[0], gate_up.shape[1] // 2
+    rows, width = dout.shape
     out = torch.empty_like(dout)
-    _backward_kernel[(rows, -(-width // BLOCK))](dout, gate_up, gate_up, out, width, BLOCK=BLOCK, num_warps=4)
-    return gate_up, out
+    _backward_kernel[(rows, -(-width // BLOCK))](
+        dout, gate_up, out, gate_up.stride(0), width, BLOCK=BLOCK, num_warps=4
+    )
+    return out
 
 
 def twin(gate_up: torch.Tensor) -> torch.Tensor:
@@ -74,13 +78,12 @@ def twin(gate_up: torch.Tensor) -> torch.Tensor:
     return (F.silu(gate) * up).to(gate_up.dtype)
 
 
-def twin_backward(dout: torch.Tensor, gate_up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def twin_backward(dout: torch.Tensor, gate_up: torch.Tensor) -> torch.Tensor:
     """The same in plain torch."""
     gate, up = gate_up.float().chunk(2, dim=-1)
     sigmoid = torch.sigmoid(gate)
     silu = gate * sigmoid
     out = (silu * up).to(gate_up.dtype)
     dgate = dout.float() * up * sigmoid * (1.0 + gate * (1.0 - sigmoid))
-    dup = dout.float() * silu
-    gate_up.copy_(torch.cat([dgate, dup], dim=-1))
-    return gate_up, out
+    gate_up.copy_(torch.cat([dgate, dout.float() * silu], dim=-1))
+    return out

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 
-from unsloth_factory.kernels import rms_norm, rotary, swiglu
+from unsloth_factory.kernels import rms_norm, rotary
 from unsloth_factory.model.fast.layer import Layer
 
 if TYPE_CHECKING:
@@ -60,9 +60,9 @@ def _layer(
     place: tuple[Any, int, int],
     lora: bool,
 ) -> torch.Tensor:
-    heads, eps = layer.spec.heads, layer.spec.eps
+    heads = layer.spec.heads
     cache, index, batch = place
-    qkv, _ = layer.qkv.forward(rms_norm.rms_norm(x, layer.norms.attention, eps), lora=lora)
+    qkv, _ = layer.qkv.forward(layer.normed(x, layer.norms.attention, layer.qkv), lora=lora)
     q, k = rotary.rotary(qkv, *angles, heads, layer.norms.head)
     v = rotary.split(qkv, heads)[2]
     q, k, v = (part.reshape(batch, -1, *part.shape[1:]).transpose(1, 2) for part in (q, k, v))
@@ -71,8 +71,4 @@ def _layer(
     if groups > 1:
         k, v = (part.repeat_interleave(groups, dim=1) for part in (k, v))
     attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    flat = attended.transpose(1, 2).reshape(x.shape[0], -1)
-    middle, _ = layer.out.forward(flat, lora=lora, residual=x)
-    gate_up, _ = layer.gate_up.forward(rms_norm.rms_norm(middle, layer.norms.mlp, eps), lora=lora)
-    y, _ = layer.down.forward(swiglu.swiglu(gate_up), lora=lora, residual=middle)
-    return y
+    return layer.after_attention(x, attended.transpose(1, 2).reshape(len(x), -1), lora)

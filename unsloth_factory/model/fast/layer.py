@@ -86,8 +86,10 @@ class Layer:
         """(y [T, h], what the backward pass needs); saving None keeps nothing."""
         saved = Saved(x, t={}) if saving is not None else None
         middle = self._attention(x, row, saved, lora)
-        gate_up, t = self.gate_up.forward(rms_norm.rms_norm(middle, self.norms.mlp, self.spec.eps), lora=lora)
-        y, t_down = self.down.forward(swiglu.swiglu(gate_up), lora=lora, residual=middle)
+        gate_up, t = self.gate_up.forward(
+            self.normed(middle, self.norms.mlp, self.gate_up), lora=lora, out=self._gate_up_room(len(x))
+        )
+        y, t_down = self.down.forward(self._activated(gate_up), lora=lora, residual=middle)
         if saved is None or saving is Saving.RECOMPUTE:
             return y, Saved(x, t={"down": t_down}) if saved is not None else None
         assert saved.t is not None
@@ -96,61 +98,110 @@ class Layer:
             saved.gate_up = gate_up
         return y, saved
 
+    def normed(self, x: torch.Tensor, weight: torch.Tensor, taker: FusedLinear) -> torch.Tensor:
+        """The norm of x, as the input of a projection."""
+        wide = taker.input(len(x))
+        rms_norm.rms_norm(x, weight, self.spec.eps, taker.x_of(wide))
+        return wide
+
+    def after_attention(self, x: torch.Tensor, attended: torch.Tensor, lora: bool) -> torch.Tensor:
+        """y [T, h] from the layer's input and its attention's output [T, Hq D]; nothing is kept."""
+        wide = self.out.input(len(x))
+        self.out.x_of(wide).copy_(attended)
+        middle, _ = self.out.forward(wide, lora=lora, residual=x)
+        gate_up, _ = self.gate_up.forward(self.normed(middle, self.norms.mlp, self.gate_up), lora=lora)
+        return self.down.forward(self._activated(gate_up), lora=lora, residual=middle)[0]
+
+    def _activated(self, gate_up: torch.Tensor) -> torch.Tensor:
+        wide = self.down.input(len(gate_up))
+        swiglu.swiglu(gate_up, self.down.x_of(wide))
+        return wide
+
+    def _gate_up_room(self, tokens: int) -> torch.Tensor:
+        return self.gate_up.y_of(self.gate_up.output(tokens))
+
     def _attention(self, x: torch.Tensor, row: Row, saved: Saved | None, lora: bool) -> torch.Tensor:
         """[T, h] after attention and its residual; fills `saved`."""
         heads = self.spec.heads
-        qkv, t = self.qkv.forward(rms_norm.rms_norm(x, self.norms.attention, self.spec.eps), lora=lora)
+        room = self.qkv.y_of(self.qkv.output(len(x)))
+        qkv, t = self.qkv.forward(self.normed(x, self.norms.attention, self.qkv), lora=lora, out=room)
         q, k = rotary.rotary(qkv, row.cos, row.sin, heads, self.norms.head)
         attended = attention.attention(q, k, rotary.split(qkv, heads)[2], row.documents)
         del q, k
-        middle, t_out = self.out.forward(attended.out.flatten(1), lora=lora, residual=x)
+        wide = self.out.input(len(x))
+        self.out.x_of(wide).copy_(attended.out.flatten(1))
+        middle, t_out = self.out.forward(wide, lora=lora, residual=x)
         if saved is not None:
             assert saved.t is not None
             saved.qkv, saved.attended, saved.middle = qkv, attended, middle
             saved.t |= {"qkv": t, "out": t_out}
         return middle
 
-    def backward(self, dy: torch.Tensor, saved: Saved, row: Row) -> torch.Tensor:
-        """dx [T, h] of dy [T, h]; LoRA gradients are added up in the parameters. `saved` is used up."""
+    def backward(self, dy: torch.Tensor, saved: Saved, row: Row, below: FusedLinear | None) -> torch.Tensor:
+        """Gradient at the layer's input; LoRA gradients are added up in the parameters. `saved` is used up.
+
+        Args:
+            dy: `down.output` with the gradient at the layer's output in its first h columns.
+            saved: Of the forward pass.
+            row: As there.
+            below: The projection whose output the layer's input is: the gradient comes in its `output`. None: [T, h].
+        """
         if saved.qkv is None:
             self._attention(saved.x, row, saved, lora=True)
         dmiddle = self._mlp_backward(dy, saved)
-        return self._attention_backward(dmiddle, saved, row)
+        return self._attention_backward(dmiddle, saved, row, below)
 
     def _mlp_backward(self, dy: torch.Tensor, saved: Saved) -> torch.Tensor:
-        """Gradient at the residual between attention and MLP, [T, h]."""
+        """Gradient at the residual between attention and MLP, in `out.output`."""
         assert saved.middle is not None and saved.t is not None
-        normed = rms_norm.rms_norm(saved.middle, self.norms.mlp, self.spec.eps)
+        normed = self.normed(saved.middle, self.norms.mlp, self.gate_up)
         gate_up = saved.gate_up
         if gate_up is None:
-            gate_up, saved.t["gate_up"] = self.gate_up.forward(normed)
-        dh, dt = self.down.input_gradient(dy)
-        dgate_up, h = swiglu.swiglu_backward(dh, gate_up)
-        del dh, gate_up
+            gate_up, saved.t["gate_up"] = self.gate_up.forward(normed, out=self._gate_up_room(len(normed)))
         saved.gate_up = None
-        self.down.add_gradients(dy, h, saved.t["down"], dt)
+        dh = self.down.input_gradient(dy)
+        h = swiglu.swiglu_backward(dh, gate_up)
+        del dh
+        self.down.add_gradients(dy, h, saved.t["down"])
         del h
-        dnormed, dt = self.gate_up.input_gradient(dgate_up)
-        self.gate_up.add_gradients(dgate_up, normed, saved.t["gate_up"], dt)
-        del dgate_up, normed
-        return rms_norm.rms_norm_backward(dnormed, saved.middle, self.norms.mlp, self.spec.eps, dy)
+        dgate_up = _room(gate_up, self.gate_up)
+        dnormed = self.gate_up.input_gradient(dgate_up)
+        self.gate_up.add_gradients(dgate_up, self.gate_up.x_of(normed), saved.t["gate_up"])
+        del gate_up, dgate_up, normed
+        dmiddle = self.out.output(len(dy))
+        rms_norm.rms_norm_backward(
+            dnormed, saved.middle, self.norms.mlp, self.spec.eps, residual=self.down.y_of(dy), out=self.out.y_of(dmiddle)
+        )
+        return dmiddle
 
-    def _attention_backward(self, dmiddle: torch.Tensor, saved: Saved, row: Row) -> torch.Tensor:
-        """Gradient at the layer's input, [T, h]."""
+    def _attention_backward(
+        self, dmiddle: torch.Tensor, saved: Saved, row: Row, below: FusedLinear | None
+    ) -> torch.Tensor:
+        """Gradient at the layer's input, in `below.output`."""
         assert saved.qkv is not None and saved.attended is not None and saved.t is not None
-        heads, flat = self.spec.heads, saved.attended.out.flatten(1)
-        dattended, dt = self.out.input_gradient(dmiddle)
-        self.out.add_gradients(dmiddle, flat, saved.t["out"], dt)
+        heads = self.spec.heads
+        dattended = self.out.input_gradient(dmiddle)
+        self.out.add_gradients(dmiddle, saved.attended.out.flatten(1), saved.t["out"])
         q, k = rotary.rotary(saved.qkv, row.cos, row.sin, heads, self.norms.head)
         v = rotary.split(saved.qkv, heads)[2]
-        gradients = attention.attention_backward(
-            dattended.view(q.shape), q, k, v, saved.attended, row.documents
-        )
-        del q, k, dattended
-        dqkv = rotary.rotary_backward(gradients, saved.qkv, row.cos, row.sin, heads, self.norms.head)
+        gradients = attention.attention_backward(dattended.view(q.shape), q, k, v, saved.attended, row.documents)
+        del q, k, v, dattended
+        saved.attended = None
+        rotary.rotary_backward(gradients, saved.qkv, row.cos, row.sin, heads, self.norms.head)
         del gradients
-        saved.qkv = saved.attended = None
-        dnormed, dt = self.qkv.input_gradient(dqkv)
+        dqkv = _room(saved.qkv, self.qkv)
+        saved.qkv = None
+        dnormed = self.qkv.input_gradient(dqkv)
         normed = rms_norm.rms_norm(saved.x, self.norms.attention, self.spec.eps)
-        self.qkv.add_gradients(dqkv, normed, saved.t["qkv"], dt)
-        return rms_norm.rms_norm_backward(dnormed, saved.x, self.norms.attention, self.spec.eps, dmiddle)
+        self.qkv.add_gradients(dqkv, normed, saved.t["qkv"])
+        dx = below.output(len(normed)) if below is not None else torch.empty_like(saved.x)
+        rms_norm.rms_norm_backward(
+            dnormed, saved.x, self.norms.attention, self.spec.eps,
+            residual=self.out.y_of(dmiddle), out=dx if below is None else below.y_of(dx),
+        )  # fmt: skip
+        return dx
+
+
+def _room(y: torch.Tensor, maker: FusedLinear) -> torch.Tensor:
+    """The `output` [T, N + R] whose y [T, N] this is."""
+    return y.as_strided((len(y), maker.outputs + maker.rank), y.stride(), y.storage_offset())
