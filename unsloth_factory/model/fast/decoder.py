@@ -16,7 +16,9 @@ from unsloth_factory.kernels import rms_norm
 from unsloth_factory.kernels.attention import Documents
 from unsloth_factory.kernels.shadows import Shadow, Shadows
 from unsloth_factory.model.fast.cached import cached_forward
-from unsloth_factory.model.fast.layer import Layer, Row, Saved
+from unsloth_factory.model.fast.gradients import Gradients
+from unsloth_factory.model.fast.graphs import Graphs
+from unsloth_factory.model.fast.layer import Layer, Row, Saved, Saving
 from unsloth_factory.model.fast.linear import LoraPair
 from unsloth_factory.model.fast.planner import Planner
 from unsloth_factory.model.fast.spec import DecoderSpec, RotaryTable
@@ -44,6 +46,10 @@ class FastDecoder(nn.Module):
         self.planner = Planner(spec, device)
         self._lora_layers: list[Any] = []
         self._shadows = Shadows([])
+        self._device = device
+        self.gradients = Gradients([], device)
+        self.graphs: Graphs | None = None
+        """Set to replay CUDA graphs instead of launching each kernel."""
 
     def bind(self) -> None:
         """Take over the LoRA matrices that peft has put into the layers; call it after they were attached."""
@@ -54,6 +60,7 @@ class FastDecoder(nn.Module):
                 modules = {part.name: names.get_submodule(part.name) for part in fused.parts}
                 shadows += fused.attach({name: _pair(m) for name, m in modules.items() if hasattr(m, "lora_A")})
         self._shadows = Shadows(shadows)
+        self.gradients = Gradients([fused for layer in self.stack for fused in layer.projections.values()], self._device)
 
     @property
     def lora(self) -> bool:
@@ -110,12 +117,43 @@ class FastDecoder(nn.Module):
     def _run(self, x: torch.Tensor, row: Row) -> torch.Tensor:
         """[T, h] -> normed [T, h]"""
         if torch.is_grad_enabled() and self.lora:
+            if self.graphs is not None:
+                return self.graphs.run(x, row)
             anchor = torch.zeros((), device=x.device, requires_grad=True)
             return _Stack.apply(anchor, self, x, row)
         with torch.no_grad():
             for layer in self.stack:
                 x, _ = layer.forward(x, row, saving=None, lora=self.lora)
-            return rms_norm.rms_norm(x, self.norm.weight, self.spec.eps)
+            return self.final_norm(x)
+
+    def final_norm(self, x: torch.Tensor) -> torch.Tensor:
+        """The norm behind the last layer, [T, h]."""
+        return rms_norm.rms_norm(x, self.norm.weight, self.spec.eps)
+
+    def forward_stack(self, x: torch.Tensor, row: Row, plan: Sequence[Saving]) -> tuple[torch.Tensor, list[Saved]]:
+        """(output [T, h] of the last layer, what each layer keeps)."""
+        kept = []
+        for layer, saving in zip(self.stack, plan, strict=True):
+            x, saved = layer.forward(x, row, saving=saving)
+            assert saved is not None
+            kept.append(saved)
+        return x, kept
+
+    def backward_stack(self, dhidden: torch.Tensor, last: torch.Tensor, saved: list[Saved], row: Row) -> None:
+        """Add up all gradients of the LoRA matrices.
+
+        Args:
+            dhidden: Gradient at the normed hidden states, [T, h].
+            last: Output of the last layer, [T, h].
+            saved: Used up.
+            row: As in the forward pass.
+        """
+        taker = self.stack[-1].down
+        dx = taker.output(len(last))
+        rms_norm.rms_norm_backward(dhidden, last, self.norm.weight, self.spec.eps, out=taker.y_of(dx))
+        for index in reversed(range(len(self.stack))):
+            below = self.stack[index - 1].down if index else None
+            dx = self.stack[index].backward(dx, saved.pop(), row, below)
 
 
 class _Stack(torch.autograd.Function):
@@ -124,27 +162,15 @@ class _Stack(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, anchor: torch.Tensor, decoder: FastDecoder, x: torch.Tensor, row: Row) -> torch.Tensor:
         ctx.decoder, ctx.row = decoder, row
-        ctx.saved = []
-        for layer, saving in zip(decoder.stack, decoder.planner.plan(x.shape[0]), strict=True):
-            x, saved = layer.forward(x, row, saving=saving)
-            ctx.saved.append(saved)
-        ctx.last = x
-        return rms_norm.rms_norm(x, decoder.norm.weight, decoder.spec.eps)
+        ctx.last, ctx.saved = decoder.forward_stack(x, row, decoder.planner.plan(len(x)))
+        return decoder.final_norm(ctx.last)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[None, None, None, None]:
-        decoder: FastDecoder = ctx.decoder
-        saved: list[Saved] = ctx.saved
-        assert saved, "a second backward pass: the saved tensors are gone"
-        stack = decoder.stack
-        dx = stack[-1].down.output(len(ctx.last))
-        rms_norm.rms_norm_backward(
-            gradients[0], ctx.last, decoder.norm.weight, decoder.spec.eps, out=stack[-1].down.y_of(dx)
-        )
-        ctx.last = None
-        for index in reversed(range(len(stack))):
-            below = stack[index - 1].down if index else None
-            dx = stack[index].backward(dx, saved.pop(), ctx.row, below)
+        assert ctx.saved, "a second backward pass: the saved tensors are gone"
+        last, ctx.last = ctx.last, None
+        ctx.decoder.gradients.prepare()
+        ctx.decoder.backward_stack(gradients[0], last, ctx.saved, ctx.row)
         return None, None, None, None
 
 

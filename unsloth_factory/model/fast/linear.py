@@ -70,7 +70,8 @@ class FusedLinear:
         self.pairs: dict[str, LoraPair] = {}
         self._columns: dict[str, slice] = {}
         self._a = self._b = torch.empty(0)
-        self._a_gradient: torch.Tensor | None = None
+        self._a_gradient = torch.empty(0)
+        self._b_gradients: dict[str, torch.Tensor] = {}
 
     def attach(self, pairs: dict[str, LoraPair]) -> list[Shadow]:
         """Take the LoRA pairs of some parts, by their names; returns the copies that must be fresh before a pass."""
@@ -90,6 +91,21 @@ class FusedLinear:
             shadows.append(Shadow(self._a[columns], pair.a, 1.0))
             shadows.append(Shadow(self._b[part.start : part.stop, columns], pair.b, pair.scale))
         return shadows
+
+    @property
+    def gradient_sizes(self) -> list[int]:
+        """float32 numbers that the gradients of A (all parts together) and of each B take."""
+        return [self.rank * self.inputs, *(pair.b.numel() for _, pair in self._trained())]
+
+    def collect_in(self, places: Sequence[torch.Tensor]) -> list[tuple[nn.Parameter, torch.Tensor]]:
+        """Add gradients up in these flat places, in the order of `gradient_sizes`; returns (parameter, its part)."""
+        views = []
+        self._a_gradient = places[0].view(self.rank, self.inputs)
+        for place, (part, pair) in zip(places[1:], self._trained(), strict=True):
+            self._b_gradients[part.name] = place.view(pair.b.shape)
+            views.append((pair.a, self._a_gradient[self._columns[part.name]]))
+            views.append((pair.b, self._b_gradients[part.name]))
+        return views
 
     def input(self, tokens: int) -> torch.Tensor:
         """Room [T, K + R] for an input; write x into its first K columns (`x_of`)."""
@@ -149,7 +165,7 @@ class FusedLinear:
         return (dy @ self.weight).addmm_(dt, self._a)
 
     def add_gradients(self, wide: torch.Tensor, x: torch.Tensor, t: torch.Tensor | None) -> None:
-        """Add this micro-batch's gradients of A and B to their `.grad`, float32.
+        """Add this micro-batch's gradients of A and B up in the places of `collect_in`, float32.
 
         Args:
             wide: `output` after `input_gradient`.
@@ -158,26 +174,10 @@ class FusedLinear:
         """
         if t is None:
             return
-        self._add_a(wide[:, self.outputs :], x)
+        _accumulate(self._a_gradient, wide[:, self.outputs :].t(), x, 1.0)
         for part, pair in self._trained():
-            if pair.b.requires_grad:
-                dy = wide[:, part.start : part.stop]
-                pair.b.grad = _accumulate(pair.b.grad, dy.t(), t[:, self._columns[part.name]], pair.scale)
-
-    def _add_a(self, dt: torch.Tensor, x: torch.Tensor) -> None:
-        """All A at once: their gradients are rows of one matrix, as long as nobody has put others in their place."""
-        trained = [(self._columns[part.name], pair) for part, pair in self._trained() if pair.a.requires_grad]
-        if not trained:
-            return
-        whole = self._a_gradient
-        own = whole is not None and all(_is_view(pair.a.grad, whole[columns]) for columns, pair in trained)
-        if own or all(pair.a.grad is None for _, pair in trained):
-            self._a_gradient = _accumulate(whole if own else None, dt.t(), x, 1.0)
-            for columns, pair in trained:
-                pair.a.grad = self._a_gradient[columns]
-            return
-        for columns, pair in trained:
-            pair.a.grad = _accumulate(pair.a.grad, dt[:, columns].t(), x, 1.0)
+            dy = wide[:, part.start : part.stop]
+            _accumulate(self._b_gradients[part.name], dy.t(), t[:, self._columns[part.name]], pair.scale)
 
     def _matrix(self) -> torch.Tensor:
         """W [N, K] in the computation dtype; made anew from NF4, so drop it as soon as it has been used."""
@@ -202,19 +202,9 @@ def _product(
     return torch.addmm(added, x, matrix) if out is None else torch.addmm(added, x, matrix, out=out)
 
 
-def _accumulate(total: torch.Tensor | None, left: torch.Tensor, right: torch.Tensor, scale: float) -> torch.Tensor:
-    """total + scale * left @ right in float32; on a GPU the product itself adds up in float32."""
+def _accumulate(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, scale: float) -> None:
+    """total += scale * left @ right, float32; on a GPU the product itself adds up in float32."""
     if left.is_cuda and left.dtype != torch.float32:
-        wide = torch.float32
-        if total is None:
-            total = torch.mm(left, right, out_dtype=wide)
-            return total if scale == 1.0 else total.mul_(scale)
-        return torch.ops.aten.addmm.dtype_out(total, left, right, wide, beta=1, alpha=scale, out=total)
-    product = (left @ right).float()
-    if total is None:
-        return product if scale == 1.0 else product.mul_(scale)
-    return total.add_(product, alpha=scale)
-
-
-def _is_view(gradient: torch.Tensor | None, place: torch.Tensor) -> bool:
-    return gradient is not None and gradient.data_ptr() == place.data_ptr() and gradient.shape == place.shape
+        torch.ops.aten.addmm.dtype_out(total, left, right, torch.float32, beta=1, alpha=scale, out=total)
+    else:
+        total.add_((left @ right).float(), alpha=scale)
