@@ -59,8 +59,11 @@ class RandomWeights:
 
     def get(self, name: str) -> torch.Tensor:
         shape = self.shapes[name]
-        return torch.ones(shape, device=DEVICE, dtype=DTYPE) if len(shape) == 1 else torch.randn(
-            shape, device=DEVICE, dtype=DTYPE) * 0.02
+        return (
+            torch.ones(shape, device=DEVICE, dtype=DTYPE)
+            if len(shape) == 1
+            else torch.randn(shape, device=DEVICE, dtype=DTYPE) * 0.02
+        )
 
 
 def timed(function: Callable[[], Any], repeat: int = 20) -> float:
@@ -111,8 +114,12 @@ def pieces(tokens: int) -> None:
         kr, vr = (t.repeat_interleave(4, 1) for t in (kc, vc))
         fwd = torch.ops.aten._scaled_dot_product_cudnn_attention
         out = fwd(qc, kr, vr, None, True, 0.0, True, False)
-        say(what="cudnn one document", tokens=tokens, ms=round(timed(lambda: fwd(qc, kr, vr, None, True, 0.0, True, False)), 4),
-            gqa=round(timed(lambda: fwd(qc, kc, vc, None, True, 0.0, True, False)), 4))
+        say(
+            what="cudnn one document",
+            tokens=tokens,
+            ms=round(timed(lambda: fwd(qc, kr, vr, None, True, 0.0, True, False)), 4),
+            gqa=round(timed(lambda: fwd(qc, kc, vc, None, True, 0.0, True, False)), 4),
+        )
         del out
     except Exception as error:
         say(what="cudnn one document", error=repr(error)[:300])
@@ -137,46 +144,81 @@ def cudnn_probe() -> None:
         dq = torch.randn_like(q)
         flash = attention.attention_backward(dq, q, k, v, att, docs)
         b, m, scale = docs.borders, docs.longest, 1 / math.sqrt(128)
-        say(what="flash", lengths=lengths, forward=round(timed(lambda: attention.attention(q, k, v, docs)), 4),
-            backward=round(timed(lambda: attention.attention_backward(dq, q, k, v, att, docs)), 4))
+        say(
+            what="flash",
+            lengths=lengths,
+            forward=round(timed(lambda: attention.attention(q, k, v, docs)), 4),
+            backward=round(timed(lambda: attention.attention_backward(dq, q, k, v, att, docs)), 4),
+        )
         try:
             run = lambda: aten._cudnn_attention_forward(q, k, v, None, b, b, m, m, True, 0.0, True, False, scale=scale)  # noqa: E731
             out = run()
             error = ((out[0].view_as(att.out) - att.out).float().norm() / att.out.float().norm()).item()
-            back = lambda: aten._cudnn_attention_backward(dq, q, k, v, out[0], out[1], out[6], out[7], None, b, b, m, m, 0.0, True, scale=scale)  # noqa: E731
+            back = lambda: aten._cudnn_attention_backward(
+                dq, q, k, v, out[0], out[1], out[6], out[7], None, b, b, m, m, 0.0, True, scale=scale
+            )  # noqa: E731
             grads = back()
-            errors = [((x.view_as(y) - y).float().norm() / y.float().norm()).item() for x, y in zip(grads, flash, strict=True)]
-            say(what="cudnn", lengths=lengths, forward=round(timed(run), 4), backward=round(timed(back), 4), error=error, errors=errors)
+            errors = [
+                ((x.view_as(y) - y).float().norm() / y.float().norm()).item() for x, y in zip(grads, flash, strict=True)
+            ]
+            say(
+                what="cudnn",
+                lengths=lengths,
+                forward=round(timed(run), 4),
+                backward=round(timed(back), 4),
+                error=error,
+                errors=errors,
+            )
         except Exception as error:
             say(what="cudnn", lengths=lengths, error=repr(error)[:400])
 
 
 def products(tokens: int) -> None:
     """LoRA's share of a fused projection: as it is, and folded into one longer product."""
-    for name, (n, k, parts) in {"qkv": (6144, 4096, 3), "out": (4096, 4096, 1), "gate_up": (24576, 4096, 2),
-                                "down": (4096, 12288, 1)}.items():
+    for name, (n, k, parts) in {
+        "qkv": (6144, 4096, 3),
+        "out": (4096, 4096, 1),
+        "gate_up": (24576, 4096, 2),
+        "down": (4096, 12288, 1),
+    }.items():
         r = 16 * parts
         x = torch.randn(tokens, k, device=DEVICE, dtype=DTYPE)
         w = torch.randn(n, k, device=DEVICE, dtype=DTYPE)
         a, b = torch.randn(r, k, device=DEVICE, dtype=DTYPE), torch.randn(n, 16, device=DEVICE, dtype=DTYPE)
         dy = torch.randn(tokens, n, device=DEVICE, dtype=DTYPE)
-        xa, wa = torch.randn(tokens, k + r, device=DEVICE, dtype=DTYPE), torch.randn(n, k + r, device=DEVICE, dtype=DTYPE)
-        dya, wb = torch.randn(tokens, n + r, device=DEVICE, dtype=DTYPE), torch.randn(n + r, k, device=DEVICE, dtype=DTYPE)
+        xa, wa = (
+            torch.randn(tokens, k + r, device=DEVICE, dtype=DTYPE),
+            torch.randn(n, k + r, device=DEVICE, dtype=DTYPE),
+        )
+        dya, wb = (
+            torch.randn(tokens, n + r, device=DEVICE, dtype=DTYPE),
+            torch.randn(n + r, k, device=DEVICE, dtype=DTYPE),
+        )
         t = x @ a.t()
         y = x @ w.t()
         y0 = y[:, : n // parts]
         packed = stack([quantize(w)])
         out = torch.empty(n, k, device=DEVICE, dtype=DTYPE)
         from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
         codes, state = quantize_4bit(w, blocksize=64, compress_statistics=True, quant_type="nf4")
-        say(what="products", name=name, tokens=tokens,
-            base=round(timed(lambda: x @ w.t()), 4), augmented=round(timed(lambda: xa @ wa.t()), 4),
-            down_a=round(timed(lambda: x @ a.t()), 4), up_b_all_parts=round(parts * timed(lambda: y0.addmm_(t[:, :16], b[: n // parts].t())), 4),
-            base_back=round(timed(lambda: dy @ w), 4), augmented_back=round(timed(lambda: dya @ wb), 4),
+        say(
+            what="products",
+            name=name,
+            tokens=tokens,
+            base=round(timed(lambda: x @ w.t()), 4),
+            augmented=round(timed(lambda: xa @ wa.t()), 4),
+            down_a=round(timed(lambda: x @ a.t()), 4),
+            up_b_all_parts=round(parts * timed(lambda: y0.addmm_(t[:, :16], b[: n // parts].t())), 4),
+            base_back=round(timed(lambda: dy @ w), 4),
+            augmented_back=round(timed(lambda: dya @ wb), 4),
             dt=round(parts * timed(lambda: dy[:, : n // parts] @ b[: n // parts]), 4),
-            dx_add=round(timed(lambda: x.addmm_(t, a)), 4), da=round(timed(lambda: t.t() @ x), 4),
+            dx_add=round(timed(lambda: x.addmm_(t, a)), 4),
+            da=round(timed(lambda: t.t() @ x), 4),
             db=round(parts * timed(lambda: dy[:, : n // parts].t() @ t[:, :16]), 4),
-            dequantize=round(timed(lambda: nf4.launch(packed, out)), 4), bnb=round(timed(lambda: dequantize_4bit(codes, state)), 4))
+            dequantize=round(timed(lambda: nf4.launch(packed, out)), 4),
+            bnb=round(timed(lambda: dequantize_4bit(codes, state)), 4),
+        )
 
 
 def dequantize_settings() -> None:
@@ -186,12 +228,34 @@ def dequantize_settings() -> None:
     total = packed.codes.numel()
     for size in (512, 1024, 2048, 4096):
         for warps in (2, 4, 8):
+
             def run(size: int = size, warps: int = warps) -> None:
                 nf4._kernel[(-(-total // size),)](
-                    packed.codes, packed.absmax, packed.scales, packed.offsets, packed.starts, packed.scale_starts,
-                    packed.code, packed.absmax_code, out, total, 4096, 4096, PARTS=2, BYTES=size, num_warps=warps)
+                    packed.codes,
+                    packed.absmax,
+                    packed.scales,
+                    packed.offsets,
+                    packed.starts,
+                    packed.scale_starts,
+                    packed.code,
+                    packed.absmax_code,
+                    out,
+                    total,
+                    4096,
+                    4096,
+                    PARTS=2,
+                    BYTES=size,
+                    num_warps=warps,
+                )
+
             ms = timed(run)
-            say(what="dequantize", bytes=size, warps=warps, ms=round(ms, 4), tb_s=round((total * 5 + total / 32) / ms / 1e9, 2))
+            say(
+                what="dequantize",
+                bytes=size,
+                warps=warps,
+                ms=round(ms, 4),
+                tb_s=round((total * 5 + total / 32) / ms / 1e9, 2),
+            )
 
 
 def model(layers: int) -> Any:
@@ -212,7 +276,12 @@ def step(peft: Any, tokens: int) -> Callable[[], torch.Tensor]:
     ids = torch.randint(0, 151000, (1, tokens))
     positions = torch.cat([torch.arange(n) for n in lengths])[None]
     index = torch.cat([torch.arange(n // 2, n) for n in lengths])
-    index = torch.cat([torch.arange(s + n // 2, s + n) for s, n in zip([sum(lengths[:i]) for i in range(len(lengths))], lengths, strict=True)]).to(DEVICE)
+    index = torch.cat(
+        [
+            torch.arange(s + n // 2, s + n)
+            for s, n in zip([sum(lengths[:i]) for i in range(len(lengths))], lengths, strict=True)
+        ]
+    ).to(DEVICE)
     targets = torch.randint(0, 151000, (len(index),), device=DEVICE)
 
     def run() -> torch.Tensor:
@@ -253,9 +322,16 @@ def whole(peft: Any, sizes: list[int]) -> None:
                 issued = time.time() - started
                 torch.cuda.synchronize()
                 seconds = (time.time() - started) / 8
-                say(what="whole", saving=saving.value, tokens=tokens, ms=round(seconds * 1e3, 1), cpu_ms=round(issued / 8 * 1e3, 1),
-                    tok_s=round(tokens / seconds), peak=round(torch.cuda.max_memory_allocated() / 2**30, 2),
-                    reserved=round(torch.cuda.max_memory_reserved() / 2**30, 2))
+                say(
+                    what="whole",
+                    saving=saving.value,
+                    tokens=tokens,
+                    ms=round(seconds * 1e3, 1),
+                    cpu_ms=round(issued / 8 * 1e3, 1),
+                    tok_s=round(tokens / seconds),
+                    peak=round(torch.cuda.max_memory_allocated() / 2**30, 2),
+                    reserved=round(torch.cuda.max_memory_reserved() / 2**30, 2),
+                )
             except torch.OutOfMemoryError as error:
                 say(what="whole", saving=saving.value, tokens=tokens, error=str(error)[:120])
 
@@ -266,7 +342,10 @@ def mix(count: int, mean: float, low: int, high: int, seed: int = 3407) -> list[
 
     chooser = random.Random(seed)
     sigma = math.sqrt(2 * math.log(900 / 700))
-    return [min(high, max(low, round(chooser.lognormvariate(math.log(mean) - sigma * sigma / 2, sigma)))) for _ in range(count)]
+    return [
+        min(high, max(low, round(chooser.lognormvariate(math.log(mean) - sigma * sigma / 2, sigma))))
+        for _ in range(count)
+    ]
 
 
 def micro_batches(lengths: list[int], budget: int) -> list[list[int]]:
@@ -301,7 +380,9 @@ def stream(peft: Any, name: str, lengths: list[int], budget: int, per_step: int 
             ids = torch.randint(0, 151000, (1, total))
             positions = torch.cat([torch.arange(n) for n in lengths_here])[None]
             offsets = [sum(lengths_here[:i]) for i in range(len(lengths_here))]
-            index = torch.cat([torch.arange(o + n // 2, o + n) for o, n in zip(offsets, lengths_here, strict=True)]).to(DEVICE)
+            index = torch.cat([torch.arange(o + n // 2, o + n) for o, n in zip(offsets, lengths_here, strict=True)]).to(
+                DEVICE
+            )
             targets = torch.randint(0, 151000, (len(index),)).to(DEVICE)
             hidden = inner.model(input_ids=ids, position_ids=positions).last_hidden_state[0]
             (cross_entropy_sum(hidden.index_select(0, index), inner.lm_head.weight, targets) / 1e4).backward()
@@ -312,9 +393,17 @@ def stream(peft: Any, name: str, lengths: list[int], budget: int, per_step: int 
         rates.append(sum(step_lengths) / (time.time() - started))
         kept.append(len(micro_batches(step_lengths, budget)))
     rates = sorted(rates[2:])
-    say(what="mix", name=name, budget=budget, tok_s=round(rates[len(rates) // 2]), slowest=round(rates[0]), fastest=round(rates[-1]),
-        micro_batches=sum(kept) / len(kept), peak=round(torch.cuda.max_memory_allocated() / 2**30, 2),
-        reserved=round(torch.cuda.max_memory_reserved() / 2**30, 2))
+    say(
+        what="mix",
+        name=name,
+        budget=budget,
+        tok_s=round(rates[len(rates) // 2]),
+        slowest=round(rates[0]),
+        fastest=round(rates[-1]),
+        micro_batches=sum(kept) / len(kept),
+        peak=round(torch.cuda.max_memory_allocated() / 2**30, 2),
+        reserved=round(torch.cuda.max_memory_reserved() / 2**30, 2),
+    )
 
 
 def profile(peft: Any, tokens: int) -> None:
@@ -329,9 +418,18 @@ def profile(peft: Any, tokens: int) -> None:
     with profiler(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as result:
         run()
         torch.cuda.synchronize()
-    rows = [(e.self_device_time_total / 1e3, e.count, e.key[:100]) for e in result.key_averages() if e.self_device_time_total]
+    rows = [
+        (e.self_device_time_total / 1e3, e.count, e.key[:100])
+        for e in result.key_averages()
+        if e.self_device_time_total
+    ]
     kernels = [row for row in rows if not row[2].startswith(("aten::", "bitsandbytes", "_Stack", "_HeadLoss"))]
-    say(what="profile", tokens=tokens, gpu_ms=round(sum(row[0] for row in kernels), 1), launches=sum(row[1] for row in kernels))
+    say(
+        what="profile",
+        tokens=tokens,
+        gpu_ms=round(sum(row[0] for row in kernels), 1),
+        launches=sum(row[1] for row in kernels),
+    )
     for ms, count, name in sorted(kernels, reverse=True)[:32]:
         print(f"  {ms:8.2f} ms {count:5d} x {name}", flush=True)
 
@@ -345,7 +443,9 @@ def main() -> None:
     if arguments.cudnn:
         return cudnn_probe()
     if arguments.cap:
-        torch.cuda.set_per_process_memory_fraction(arguments.cap * 2**30 / torch.cuda.get_device_properties(0).total_memory)
+        torch.cuda.set_per_process_memory_fraction(
+            arguments.cap * 2**30 / torch.cuda.get_device_properties(0).total_memory
+        )
     assert math.isfinite(arguments.cap)
     import traceback
 
@@ -357,7 +457,8 @@ def main() -> None:
     peft = model(arguments.layers)
     long, short = mix(320, 900, 64, 4096), mix(320, 200, 16, 1024)
     for part in (
-        lambda: whole(peft, [512, 1024, 2048, 2560, 4096]), lambda: profile(peft, 2048),
+        lambda: whole(peft, [512, 1024, 2048, 2560, 4096]),
+        lambda: profile(peft, 2048),
         *(lambda b=b: stream(peft, "mean900", long, b) for b in (2048, 2400, 2800, 3400, 4096)),
         *(lambda b=b: stream(peft, "mean200", short, b) for b in (2048, 2400, 2800)),
     ):

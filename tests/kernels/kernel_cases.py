@@ -132,9 +132,7 @@ def test_cross_entropy_kernel(vocabulary, dtype):
     logits = draw(3, vocabulary, dtype=dtype, scale=4.0)
     targets = torch.tensor([0, vocabulary - 1, vocabulary // 2], device=DEVICE)
     ours, twins = logits.clone(), logits.clone()
-    close(
-        cross_entropy.launch(ours, targets, 8.0), cross_entropy.twin(twins, targets, 8.0), torch.float32, factor=2.0
-    )
+    close(cross_entropy.launch(ours, targets, 8.0), cross_entropy.twin(twins, targets, 8.0), torch.float32, factor=2.0)
     close(ours, twins, dtype)
     kept = logits.clone()
     cross_entropy.launch(kept, targets, None)
@@ -157,9 +155,7 @@ def packed(shapes: list[tuple[int, int]]) -> tuple[nf4.Packed, torch.Tensor]:
 
     parts, values = [], []
     for seed, shape in enumerate(shapes):
-        codes, state = quantize_4bit(
-            draw(*shape, seed=seed), blocksize=64, compress_statistics=True, quant_type="nf4"
-        )
+        codes, state = quantize_4bit(draw(*shape, seed=seed), blocksize=64, compress_statistics=True, quant_type="nf4")
         parts.append((codes, state))
         values.append(dequantize_4bit(codes, state))
     return stack(parts), torch.cat(values)
@@ -195,7 +191,11 @@ def test_nf4_kernel(shapes, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_shadows_kernel(dtype):
     big = torch.zeros(40, 24, dtype=dtype, device=DEVICE)
-    sources = [torch.nn.Parameter(draw(40, 16)), torch.nn.Parameter(draw(40, 8, seed=1)), torch.nn.Parameter(draw(3, 700))]
+    sources = [
+        torch.nn.Parameter(draw(40, 16)),
+        torch.nn.Parameter(draw(40, 8, seed=1)),
+        torch.nn.Parameter(draw(3, 700)),
+    ]
     row = torch.zeros(3, 700, dtype=dtype, device=DEVICE)
     copies = [shadows.Shadow(big[:, :16], sources[0], 2.0), shadows.Shadow(big[:, 16:], sources[1], 1.0)]
     group = shadows.Shadows([*copies, shadows.Shadow(row, sources[2], 1.0)])

@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 
+_triton: Any = None
+tl: Any = None
 try:
-    import triton as _triton
-    import triton.language as tl
+    import triton as _triton  # type: ignore[no-redef]
+    import triton.language as tl  # type: ignore[no-redef]
 except ImportError:  # a machine without a GPU needs none
-    _triton = None
-    tl: Any = None
+    pass
 
 
 def jit(function: Callable[..., None]) -> Any:

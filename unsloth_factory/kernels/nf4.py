@@ -1,14 +1,15 @@
 """NF4 with double quantisation back to 16 bit (Dettmers et al. 2023, arXiv 2305.14314), in one pass over memory.
 
 A weight [N, K] is stored as two 4-bit codes a byte, the earlier element in the high half; every 64 elements share a
-maximum, itself an 8-bit code: maximum = absmax_code[absmax] * absmax_scale[block of 256 maxima] + offset. The values are
-those of bitsandbytes, bit for bit. Several matrices, each quantised by itself, may lie one below the other in one
+maximum, itself an 8-bit code: maximum = absmax_code[absmax] * absmax_scale[block of 256 maxima] + offset. The values
+are those of bitsandbytes, bit for bit. Several matrices, each quantised by itself, may lie one below the other in one
 packed weight; each keeps its own offset.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
 import torch
 
 from unsloth_factory.kernels.launch import jit, runs_triton, tl

@@ -45,7 +45,7 @@ def _backward_kernel(
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor | None = None) -> torch.Tensor:
-    """y [T, h] of x [T, h] and weight [h], written into `out` where it is given; rows of both may be longer."""
+    """Norm x [T, h] with weight [h] into `out` [T, h], a new one where none is given; rows of both may be longer."""
     out = x.new_empty(x.shape) if out is None else out
     return launch_forward(x, weight, eps, out) if runs_triton(x) else out.copy_(twin(x, weight, eps))
 
@@ -59,7 +59,7 @@ def rms_norm_backward(
     residual: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """dx [T, h], plus `residual` [T, h]: the gradient that reaches x by the way around the norm."""
+    """Gradient at x [T, h], plus `residual` [T, h]: the one that reaches x by the way around the norm."""
     out = x.new_empty(x.shape) if out is None else out
     if runs_triton(x):
         return launch_backward(dy, x, weight, eps, residual, out)

@@ -7,6 +7,7 @@ pairs element i with i + D/2, by the angles of cos and sin, float32 [T, D/2].
 from __future__ import annotations
 
 from dataclasses import dataclass
+
 import torch
 
 from unsloth_factory.kernels import rms_norm
@@ -149,7 +150,7 @@ def rotary_backward(
     heads: Heads,
     norm: HeadNorm | None,
 ) -> torch.Tensor:
-    """dqkv [T, (Hq + 2 Hk) D] of (dq [T, Hq, D], dk [T, Hk, D], dv [T, Hk, D]), written over qkv."""
+    """Write dqkv [T, (Hq + 2 Hk) D], of dq [T, Hq, D], dk and dv [T, Hk, D], over qkv."""
     if runs_triton(qkv):
         return launch_backward(gradients, qkv, cos, sin, heads, norm)
     return qkv.copy_(twin_backward(gradients, qkv, cos, sin, heads, norm))

@@ -73,9 +73,11 @@ class Shadows:
 
     def _build(self) -> None:
         """Tables on the GPU; they hold as long as no source moves."""
-        owners, firsts = [], []
+        owners: list[int] = []
+        firsts: list[int] = []
         for index, shadow in enumerate(self.shadows):
-            assert shadow.source.is_contiguous() and shadow.copy.stride(1) == 1
+            assert shadow.source.is_contiguous()
+            assert shadow.copy.stride(1) == 1
             firsts.append(len(owners))
             owners += [index] * -(-shadow.source.numel() // BLOCK)
         self._programs = len(owners)

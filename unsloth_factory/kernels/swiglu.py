@@ -40,15 +40,15 @@ def _backward_kernel(dout_ptr, gate_up_ptr, out_ptr, stride, width, BLOCK: tl.co
 
 
 def swiglu(gate_up: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-    """out [T, I] of gate_up [T, 2 I]; rows of both may be longer."""
+    """Apply it to gate_up [T, 2 I], into `out` [T, I]; rows of both may be longer."""
     out = gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2) if out is None else out
     return launch_forward(gate_up, out) if runs_triton(gate_up) else out.copy_(twin(gate_up))
 
 
 def swiglu_backward(dout: torch.Tensor, gate_up: torch.Tensor) -> torch.Tensor:
-    """out [T, I] once more, and dgate_up [T, 2 I], which is written over gate_up.
+    """Return the output [T, I] once more, and write dgate_up [T, 2 I] over gate_up.
 
-    The gradient of the next product's LoRA needs `out`; making it again here is why it is not saved.
+    The gradient of the next product's LoRA needs the output; making it again here is why it is not saved.
     """
     return launch_backward(dout, gate_up) if runs_triton(gate_up) else twin_backward(dout, gate_up)
 
@@ -66,9 +66,7 @@ def launch_backward(dout: torch.Tensor, gate_up: torch.Tensor) -> torch.Tensor:
     """The Triton kernel."""
     rows, width = dout.shape
     out = torch.empty_like(dout)
-    _backward_kernel[(rows, -(-width // BLOCK))](
-        dout, gate_up, out, gate_up.stride(0), width, BLOCK=BLOCK, num_warps=4
-    )
+    _backward_kernel[(rows, -(-width // BLOCK))](dout, gate_up, out, gate_up.stride(0), width, BLOCK=BLOCK, num_warps=4)
     return out
 
 

@@ -60,7 +60,8 @@ class FastDecoder(nn.Module):
                 modules = {part.name: names.get_submodule(part.name) for part in fused.parts}
                 shadows += fused.attach({name: _pair(m) for name, m in modules.items() if hasattr(m, "lora_A")})
         self._shadows = Shadows(shadows)
-        self.gradients = Gradients([fused for layer in self.stack for fused in layer.projections.values()], self._device)
+        projections = [fused for layer in self.stack for fused in layer.projections.values()]
+        self.gradients = Gradients(projections, self._device)
 
     @property
     def lora(self) -> bool:
@@ -86,14 +87,15 @@ class FastDecoder(nn.Module):
             use_cache: Unused: a cache is used when it is given.
             unused: Further arguments that transformers passes on.
         """
-        from transformers.modeling_outputs import BaseModelOutputWithPast
+        from transformers.modeling_outputs import BaseModelOutputWithPast as Output
 
         self._shadows.refresh()  # 0.26 GB of traffic for an 8B model, 0.06 ms on an H200: not worth a memory of changes
         if past_key_values is not None:
             hidden = cached_forward(self, input_ids, position_ids, attention_mask, past_key_values)
         else:
             hidden = self._whole(input_ids, position_ids, attention_mask)
-        return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=past_key_values)
+        output: Any = Output
+        return output(last_hidden_state=hidden, past_key_values=past_key_values)
 
     def _whole(
         self, input_ids: torch.Tensor, position_ids: torch.Tensor | None, attention_mask: torch.Tensor | None

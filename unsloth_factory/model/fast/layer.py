@@ -105,7 +105,7 @@ class Layer:
         return wide
 
     def after_attention(self, x: torch.Tensor, attended: torch.Tensor, lora: bool) -> torch.Tensor:
-        """y [T, h] from the layer's input and its attention's output [T, Hq D]; nothing is kept."""
+        """Output [T, h] from the layer's input and its attention's output [T, Hq D]; nothing is kept."""
         wide = self.out.input(len(x))
         self.out.x_of(wide).copy_(attended)
         middle, _ = self.out.forward(wide, lora=lora, residual=x)
@@ -153,7 +153,8 @@ class Layer:
 
     def _mlp_backward(self, dy: torch.Tensor, saved: Saved) -> torch.Tensor:
         """Gradient at the residual between attention and MLP, in `out.output`."""
-        assert saved.middle is not None and saved.t is not None
+        assert saved.middle is not None
+        assert saved.t is not None
         normed = self.normed(saved.middle, self.norms.mlp, self.gate_up)
         gate_up = saved.gate_up
         if gate_up is None:
@@ -170,15 +171,18 @@ class Layer:
         del gate_up, dgate_up, normed
         dmiddle = self.out.output(len(dy))
         rms_norm.rms_norm_backward(
-            dnormed, saved.middle, self.norms.mlp, self.spec.eps, residual=self.down.y_of(dy), out=self.out.y_of(dmiddle)
-        )
+            dnormed, saved.middle, self.norms.mlp, self.spec.eps,
+            residual=self.down.y_of(dy), out=self.out.y_of(dmiddle),
+        )  # fmt: skip
         return dmiddle
 
     def _attention_backward(
         self, dmiddle: torch.Tensor, saved: Saved, row: Row, below: FusedLinear | None
     ) -> torch.Tensor:
         """Gradient at the layer's input, in `below.output`."""
-        assert saved.qkv is not None and saved.attended is not None and saved.t is not None
+        assert saved.qkv is not None
+        assert saved.attended is not None
+        assert saved.t is not None
         heads = self.spec.heads
         dattended = self.out.input_gradient(dmiddle)
         self.out.add_gradients(dmiddle, saved.attended.out.flatten(1), saved.t["out"])

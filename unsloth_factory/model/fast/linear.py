@@ -7,8 +7,8 @@ with t = x A^T written behind x, and s B (block-diagonal over the parts) behind 
 
     y = [x t] [W sB]^T        and backwards        dx = [dy dt] [W; A],   dt = dy sB
 
-which are one product each, longer by the sum of the ranks. Measured on an H200, 2,048 tokens, Qwen3-8B: 0.37 ms a layer
-less than adding the adapter's product to y and to dx. Shapes: T tokens, K inputs, N outputs of all parts together, R the
+which are one product each, longer by the sum of the ranks: 5 ms less of 128 for a micro-batch of 2,048 tokens of
+Qwen3-8B on an H200. Shapes: T tokens, K inputs, N outputs of all parts together, R the
 sum of the parts' ranks, rounded up to 8 for aligned rows.
 """
 
@@ -152,7 +152,7 @@ class FusedLinear:
         return y.addmm_(t, self._b.t()), t.clone()
 
     def input_gradient(self, wide: torch.Tensor) -> torch.Tensor:
-        """dx [T, K] of `output`, its dy filled in; dt is written behind it, where `add_gradients` finds it."""
+        """Gradient at x [T, K] from `output`, its dy filled in; dt is written behind dy for `add_gradients`."""
         dy = self.y_of(wide)
         if not self.rank:
             return dy @ self._matrix()
@@ -203,7 +203,7 @@ def _product(
 
 
 def _accumulate(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, scale: float) -> None:
-    """total += scale * left @ right, float32; on a GPU the product itself adds up in float32."""
+    """Add scale * left @ right to the float32 `total`; on a GPU the product itself adds up in float32."""
     if left.is_cuda and left.dtype != torch.float32:
         torch.ops.aten.addmm.dtype_out(total, left, right, torch.float32, beta=1, alpha=scale, out=total)
     else:

@@ -133,6 +133,6 @@ def _fused(names: Any, prefix: str, parts: Sequence[str], weights: Any, quantize
 
 
 def _empty(module: nn.Linear, weight: torch.Tensor, quantized: bool) -> None:
-    """Leave a linear layer its shape and nothing else; peft rounds new matrices to a floating dtype, so 4-bit has none."""
+    """Leave a linear layer its shape alone. (peft rounds new matrices to a floating dtype: 4-bit has none.)"""
     one = torch.zeros(1, dtype=torch.uint8 if quantized else weight.dtype, device=weight.device)
     module.weight = nn.Parameter(one.expand(weight.shape), requires_grad=False)

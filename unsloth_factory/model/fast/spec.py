@@ -82,7 +82,7 @@ class RotaryTable:
         self._rotary = LlamaRotaryEmbedding(config, device=device)
 
     def of(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin, float32 [T, D/2], of positions int64 [T]."""
+        """Cosines and sines, float32 [T, D/2], of positions int64 [T]."""
         like = torch.empty(0, dtype=torch.float32, device=positions.device)
         cos, sin = self._rotary(like, positions[None])  # [1, T, D], both halves alike
         half = cos.shape[-1] // 2
