@@ -16,6 +16,9 @@ except ImportError:  # a machine without a GPU needs none
     pass
 
 
+__all__ = ["jit", "power_of_two", "runs_triton", "tl", "warps_for"]
+
+
 def jit(function: Callable[..., None]) -> Any:
     """`triton.jit`, or the function as it is where Triton is missing (it is then never called)."""
     return function if _triton is None else _triton.jit(function)
