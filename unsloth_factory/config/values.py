@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import types
 from typing import Any, Literal, Union, get_args, get_origin
 
+LARGEST_INT = 2**63 - 1  # what torch, numpy and the file formats hold
 TRUE_WORDS = {"true", "yes", "on", "1"}
 FALSE_WORDS = {"false", "no", "off", "0"}
 
@@ -27,7 +29,7 @@ def convert(value: Any, annotation: Any) -> Any:
     """Bring a command-line text or a YAML value to a field's type.
 
     YAML 1.1 reads `1e-4` as text and `no` as false; numbers are therefore taken from text as well, and a truth value
-    never passes for a number or a name.
+    never passes for a number or a name. A list of plain values is a text with commas.
 
     Raises:
         BadValue: It does not fit.
@@ -47,9 +49,20 @@ def convert(value: Any, annotation: Any) -> Any:
         return _number(value)
     if get_origin(target) is dict:
         return _mapping(value)
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise BadValue(f"expects a text, got {value!r} (put it in quotes if it is one)")
+    if isinstance(value, list) and all(_is_plain(item) for item in value):
+        return ",".join(map(str, value))
+    if not _is_plain(value):
+        raise BadValue(f"expects a text, got {shortened(repr(value))} (put it in quotes if it is one)")
     return str(value)
+
+
+def shortened(text: str, most: int = 100) -> str:
+    """The text, or its beginning and its length, for messages."""
+    return text if len(text) <= most else f"{text[:most]}... ({len(text):,} characters)"
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, str | int | float) and not isinstance(value, bool)
 
 
 def _choice(value: Any, choices: tuple[Any, ...]) -> Any:
@@ -67,10 +80,19 @@ def _truth(value: Any) -> bool:
 
 
 def _whole_number(value: Any) -> int:
-    number = _number(value)
-    if number != int(number):
-        raise BadValue("must be a whole number")
-    return int(number)
+    whole = None
+    if isinstance(value, str | int) and not isinstance(value, bool):
+        # Not through a float, which would change integers above 2^53.
+        with contextlib.suppress(ValueError):
+            whole = int(value)
+    if whole is None:
+        number = _number(value)
+        whole = int(number)
+        if whole != number:
+            raise BadValue("must be a whole number")
+    if abs(whole) > LARGEST_INT:
+        raise BadValue(f"must lie within {LARGEST_INT}")
+    return whole
 
 
 def _number(value: Any) -> float:
@@ -78,7 +100,7 @@ def _number(value: Any) -> float:
         raise BadValue("must be a number, not true/false")
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise BadValue("must be a number") from None
     if not math.isfinite(number):
         raise BadValue("must be a finite number")
@@ -87,6 +109,8 @@ def _number(value: Any) -> float:
 
 def _mapping(value: Any) -> dict[str, str]:
     if isinstance(value, dict):
+        if not all(_is_plain(part) for pair in value.items() for part in pair):
+            raise BadValue("must hold names and texts alone")
         return {str(key): str(item) for key, item in value.items()}
     pairs = [part.split("=", 1) for part in str(value).split(",") if part.strip()]
     if not pairs or any(len(pair) != 2 for pair in pairs):
