@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from unsloth_factory.data.batching import Batch
+from unsloth_factory.training.methods import Method
 from unsloth_factory.training.session import Session
 
 
@@ -15,15 +16,15 @@ def step_batches(session: Session, step: int) -> list[Batch]:
     planned = session.plan.step(step)[accelerator.process_index :: accelerator.num_processes]
     size = session.micro_batch
     micro = [indices[start : start + size] for indices in planned for start in range(0, len(indices), size)]
-    return [_make(session, [session.job.train_items[i] for i in indices]) for indices in micro]
+    return [_make(session, [session.job.train_items[i] for i in indices], session.job.method) for indices in micro]
 
 
-def eval_batches(session: Session) -> Iterator[Batch]:
-    """This process's share of the held-out samples, one micro-batch at a time."""
-    items, accelerator, size = session.job.eval_items, session.accelerator, session.micro_batch
+def eval_batches(session: Session, items: Sequence[Any], method: Method) -> Iterator[Batch]:
+    """This process's share of samples whose loss is only measured, one micro-batch at a time."""
+    accelerator, size = session.accelerator, session.micro_batch
     for start in range(0, len(items), size)[accelerator.process_index :: accelerator.num_processes]:
-        yield _make(session, items[start : start + size])
+        yield _make(session, items[start : start + size], method)
 
 
-def _make(session: Session, items: Sequence[Any]) -> Batch:
-    return session.job.method.make_batch(items, packing=session.packing, pad_id=session.pad_id)
+def _make(session: Session, items: Sequence[Any], method: Method) -> Batch:
+    return method.make_batch(items, packing=session.packing, pad_id=session.pad_id)

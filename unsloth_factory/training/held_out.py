@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
 from unsloth_factory.scoring import wilson_interval
 from unsloth_factory.training.batches import eval_batches
+from unsloth_factory.training.methods import Method
 from unsloth_factory.training.reduce import Sums, reduce_number
 from unsloth_factory.training.session import Session
 from unsloth_factory.training.signals import StopSignals
@@ -20,7 +22,7 @@ def look(session: Session, stop: StopSignals) -> dict[str, float]:
     every = job.run.eval_steps or job.run.save_steps
     if not job.eval_items or (state.step % every and state.step != session.total_steps):
         return {}
-    outcome = _evaluate(session, lambda: stop.received is not None)
+    outcome = evaluate(session, job.eval_items, job.method, lambda: stop.received is not None)
     if outcome is None:
         return {}
     loss, metrics = outcome
@@ -46,21 +48,23 @@ def _shown(session: Session, name: str, value: float) -> str:
     return f"{name} {value:.2f} [{low:.2f}, {high:.2f}]"
 
 
-def _evaluate(session: Session, stop: Callable[[], bool]) -> tuple[float, dict[str, float]] | None:
-    """Loss and figures on the held-out samples, by the same rule; None when `stop` asked to leave early."""
-    job = session.job
-    sums, count = Sums(session), 0
-    job.loaded.model.eval()
+def evaluate(
+    session: Session, items: Sequence[Any], method: Method, stop: Callable[[], bool]
+) -> tuple[float, dict[str, float]] | None:
+    """Loss and figures of a method on samples that are not trained on; None when `stop` asked to leave early."""
+    loaded = session.job.loaded
+    sums, count = Sums(session, method.figures), 0
+    loaded.model.eval()
     try:
         with torch.no_grad():
-            for batch in eval_batches(session):
+            for batch in eval_batches(session, items, method):
                 if stop():
                     return None
                 with session.accelerator.autocast():
-                    part = job.method.loss(job.loaded, batch)
+                    part = method.loss(loaded, batch)
                 sums.add(part)
                 count += part.count
     finally:
-        job.loaded.model.train()
+        loaded.model.train()
     loss, metrics = sums.means(int(reduce_number(session, count)))
     return loss.item(), metrics

@@ -52,9 +52,10 @@ class LoopState:
         return asdict(self)
 
     def load(self, values: dict[str, Any]) -> None:
-        """Take over the values of a checkpoint."""
+        """Take over the values of a checkpoint; what an older version did not store keeps its default."""
+        fresh = LoopState()
         for known in fields(self):
-            setattr(self, known.name, values[known.name])
+            setattr(self, known.name, values.get(known.name, getattr(fresh, known.name)))
 
 
 @dataclass

@@ -58,7 +58,7 @@ def _gradients(session: Session, step: int) -> tuple[list[Batch], torch.Tensor, 
     for group in session.optimizer.param_groups:
         group["lr"] = session.rate(step)
     session.optimizer.zero_grad()
-    sums = Sums(session)
+    sums = Sums(session, session.job.method.figures)
     try:
         for batch in batches:
             with session.accelerator.autocast():
