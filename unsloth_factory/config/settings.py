@@ -18,6 +18,13 @@ SchedulerType = Literal["cosine", "linear", "constant"]
 OptimizerType = Literal["adamw", "adamw_8bit", "paged_adamw_8bit"]
 LongSamples = Literal["shorten_prompt", "drop"]
 BaseWeights = Literal["auto", "as_trained", "original"]
+BestMetric = Literal[
+    "loss", "exact_match", "term_coverage", "association_coverage", "rewards/accuracies", "rewards/margins"
+]
+ANSWER_METRICS = ("exact_match", "term_coverage", "association_coverage")
+FEWEST_SCORED = 8
+"""Generated answers from which a share is worth printing."""
+Forgetting = Literal["warn", "stop", "replay", "off"]
 
 
 def _require(condition: bool, flag: str, value: object, rule: str) -> None:
@@ -179,6 +186,91 @@ class RunSettings:
     def __post_init__(self) -> None:
         for flag in ("save_steps", "save_total_limit", "logging_steps"):
             _require(getattr(self, flag) >= 1, flag, getattr(self, flag), "at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class WatchSettings:
+    """What is looked at every --eval_steps, and what follows from it."""
+
+    metric_for_best: BestMetric = "loss"
+    """Figure of an evaluation that tells the best one: loss on the held-out samples, or a share over the generated
+    answers (exact_match, term_coverage, association_coverage), or with dpo rewards/accuracies, rewards/margins."""
+    early_stopping_patience: int | None = None
+    """End the training after this many evaluations in a row that were no better than the best one. Default: never."""
+    early_stopping_min_delta: float = 0.0
+    """Smallest change of --metric_for_best that counts as better."""
+    load_best: bool | None = None
+    """Take the final weights from the best evaluation instead of the last step. Default: with
+    --early_stopping_patience and with --forgetting stop, otherwise not."""
+    no_keep_best: bool = False
+    """Let the checkpoint of the best evaluation be deleted like any other (see --save_total_limit)."""
+    sample_generations: int | None = None
+    """Held-out questions that are answered at each evaluation and kept in generations.jsonl; from 8 on the answers are
+    scored too. Default: 2, or 32 when --metric_for_best needs answers; 0 for none."""
+    sample_max_new_tokens: int = 128
+    """Longest of these answers, tokens."""
+    forgetting: Forgetting = "warn"
+    """When the loss on general questions rises past --forgetting_limit: warn, stop, or replay (mix general rows into
+    the steps that follow)."""
+    forgetting_limit: float = 0.3
+    """Largest rise over the loss before step 1, nats a token; 0.3 makes each right token a quarter less likely."""
+    general_dataset: str | None = None
+    """General questions and answers of your own. Default: 64 bundled ones, Chinese and English. Half of the rows are
+    measured, the other half is what replay uses."""
+    replay_samples: int = 2
+    """General rows in each optimizer step once replay has begun."""
+
+    def __post_init__(self) -> None:
+        for flag in ("early_stopping_patience", "sample_max_new_tokens", "replay_samples"):
+            value = getattr(self, flag)
+            _require(value is None or value >= 1, flag, value, "at least 1")
+        _require(self.early_stopping_min_delta >= 0, "early_stopping_min_delta", self.early_stopping_min_delta, "0 up")
+        _require(self.forgetting_limit > 0, "forgetting_limit", self.forgetting_limit, "above 0, such as 0.3")
+        number = self.sample_generations
+        _require((number or 0) >= 0, "sample_generations", number, "0 or more")
+        if self.answers_scored and number is not None and number < FEWEST_SCORED:
+            raise UsageError(
+                f"--sample_generations {number}: --metric_for_best {self.metric_for_best} needs {FEWEST_SCORED} or more"
+            )
+        if self.no_keep_best and self.takes_best:
+            raise UsageError(
+                "--no_keep_best True: the final weights are to come from the best checkpoint; leave it out"
+            )
+
+    @property
+    def answers_scored(self) -> bool:
+        """The best evaluation is told by generated answers."""
+        return self.metric_for_best in ANSWER_METRICS
+
+    @property
+    def answers(self) -> int:
+        """Held-out questions that each evaluation answers."""
+        if self.sample_generations is not None:
+            return self.sample_generations
+        return 32 if self.answers_scored else 2
+
+    @property
+    def takes_best(self) -> bool:
+        """The final weights are those of the best evaluation."""
+        if self.load_best is not None:
+            return self.load_best
+        return self.early_stopping_patience is not None or self.forgetting == "stop"
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuardSettings:
+    """What happens when the numbers of a training go wrong."""
+
+    max_bad_steps: int = 10
+    """Steps in a row whose loss or gradient is NaN or infinite before --on_bad_steps acts. None of them is applied."""
+    on_bad_steps: Literal["rewind", "stop"] = "rewind"
+    """Go back to the last checkpoint with half the learning rate, once, and stop the second time; or stop at once."""
+    loss_spike: Literal["warn", "skip", "rewind", "off"] = "warn"
+    """A step whose loss or gradient is far above the recent ones: name its samples; skip it too; or skip it, and go
+    back with half the learning rate, once, after three in a row."""
+
+    def __post_init__(self) -> None:
+        _require(self.max_bad_steps >= 1, "max_bad_steps", self.max_bad_steps, "at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
