@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from unsloth_factory.config.errors import UsageError
+from unsloth_factory.config.values import Seconds
 
 Engine = Literal["auto", "fast", "unsloth", "standard"]
 FinetuningType = Literal["lora", "full", "freeze"]
@@ -182,10 +183,23 @@ class RunSettings:
     """Optimizer steps between evaluations. Default: as --save_steps."""
     report_to: str = "none"
     """Trackers by commas: tensorboard, wandb, swanlab, mlflow."""
+    time_budget: Seconds | None = None
+    """End within this time, the start of the process, evaluations and saving included: 90, 90s, 5m, 2.5h, 1h30m. The
+    learning rate decays to the last step that fits. A resumed run has the time anew."""
+    extend_epochs: float | None = None
+    """With --resume: train this many epochs beyond --epochs (or --max_steps), with a warm-up and decay of their own.
+    Repeat the same number to resume the extension; a larger one extends further."""
 
     def __post_init__(self) -> None:
         for flag in ("save_steps", "save_total_limit", "logging_steps"):
             _require(getattr(self, flag) >= 1, flag, getattr(self, flag), "at least 1")
+        for flag in ("time_budget", "extend_epochs"):
+            value = getattr(self, flag)
+            _require(value is None or value > 0, flag, value, "above 0")
+        if self.extend_epochs is not None and self.resume is None:
+            raise UsageError(
+                f"--extend_epochs {self.extend_epochs:g}: continues an earlier training; add --resume auto"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

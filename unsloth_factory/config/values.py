@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import math
+import re
 import types
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal, NewType, Union, get_args, get_origin
+
+Seconds = NewType("Seconds", float)
+"""Annotation of a field that holds a time span: a number of seconds, given as 90, 90s, 5m, 2.5h or 1h30m."""
 
 LARGEST_INT = 2**63 - 1  # what torch, numpy and the file formats hold
 TRUE_WORDS = {"true", "yes", "on", "1"}
 FALSE_WORDS = {"false", "no", "off", "0"}
+UNIT_SECONDS = {"d": 86400.0, "h": 3600.0, "m": 60.0, "s": 1.0}
+TIME_SPAN = re.compile(r"(?:([\d.]+)d)?(?:([\d.]+)h)?(?:([\d.]+)m)?(?:([\d.]+)s?)?")
 
 
 class BadValue(ValueError):
@@ -47,6 +53,8 @@ def convert(value: Any, annotation: Any) -> Any:
         return _whole_number(value)
     if target is float:
         return _number(value)
+    if target is Seconds:
+        return _seconds(value)
     if get_origin(target) is dict:
         return _mapping(value)
     if isinstance(value, list) and all(_is_plain(item) for item in value):
@@ -105,6 +113,13 @@ def _number(value: Any) -> float:
     if not math.isfinite(number):
         raise BadValue("must be a finite number")
     return number
+
+
+def _seconds(value: Any) -> float:
+    parts = TIME_SPAN.fullmatch(str(value).replace(" ", "").lower())
+    if isinstance(value, bool) or not parts or not any(parts.groups()):
+        raise BadValue("must be a time span such as 90 (seconds), 90s, 5m, 2.5h or 1h30m")
+    return sum(_number(part) * unit for part, unit in zip(parts.groups(), UNIT_SECONDS.values(), strict=True) if part)
 
 
 def _mapping(value: Any) -> dict[str, str]:
