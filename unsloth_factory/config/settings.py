@@ -18,6 +18,9 @@ FinetuningType = Literal["lora", "full", "freeze"]
 SchedulerType = Literal["cosine", "linear", "constant"]
 OptimizerType = Literal["adamw", "adamw_8bit", "paged_adamw_8bit"]
 LongSamples = Literal["shorten_prompt", "drop"]
+BadRows = Literal["auto", "skip", "refuse"]
+DuplicateRows = Literal["keep", "drop", "drop_near"]
+LeakingRows = Literal["warn", "drop", "refuse"]
 BaseWeights = Literal["auto", "as_trained", "original"]
 BestMetric = Literal[
     "loss", "exact_match", "term_coverage", "association_coverage", "rewards/accuracies", "rewards/margins"
@@ -76,7 +79,16 @@ class DataSettings:
     eval_dataset: str | None = None
     """Evaluation samples from a file of their own instead of --val_split."""
     encoding: str = "auto"
-    """Text encoding of the files; auto detects UTF-8, GBK and GB18030."""
+    """Text encoding of the files; auto detects UTF-8, GBK, GB18030, and UTF-16 with its mark."""
+    bad_rows: BadRows = "auto"
+    """Rows that cannot be used: auto leaves them out and counts them, but refuses a file with broken lines; skip leaves
+    these out too, and answers that repeat the question; refuse takes no file with any."""
+    duplicates: DuplicateRows = "keep"
+    """Rows that repeat an earlier one: keep only counts them, drop leaves out exact repeats, drop_near also those that
+    differ in case, blanks or a few characters."""
+    leakage: LeakingRows = "warn"
+    """Training rows that give held-out samples away: warn names each, drop leaves them out of the training, refuse
+    stops."""
 
     def __post_init__(self) -> None:
         _require(self.max_seq_length >= 16, "max_seq_length", self.max_seq_length, "at least 16 tokens")
