@@ -39,7 +39,7 @@ def test_a_run_leaves_everything_behind(tmp_path: Path, job_in) -> None:
         "source": "held.jsonl:1",
     }
     assert run.loss_plot.read_bytes().startswith(b"\x89PNG")
-    assert job.store.steps() == [9, 10]
+    assert job.store.steps() == [3, 9, 10]  # the best evaluation's and the last two
     checkpoint = json.loads((run.path / "checkpoint-10" / "state.json").read_text())
     assert checkpoint["metrics_bytes"] == run.metrics.stat().st_size
     assert not list(run.path.glob(".*partial"))

@@ -53,6 +53,7 @@ class RunFolder:
 
     manifest = property(lambda self: self.path / "run.yaml")
     metrics = property(lambda self: self.path / "metrics.jsonl")
+    generations = property(lambda self: self.path / "generations.jsonl")
     data_report = property(lambda self: self.path / "data_report.json")
     loss_plot = property(lambda self: self.path / "training_loss.png")
     final_adapter = property(lambda self: self.path / "final_adapter")

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from unsloth_factory.data.batching import Batch
+from unsloth_factory.training import forgetting
 from unsloth_factory.training.methods import Method
 from unsloth_factory.training.session import Session
 
@@ -13,10 +14,12 @@ from unsloth_factory.training.session import Session
 def step_batches(session: Session, step: int) -> list[Batch]:
     """This process's micro-batches of one step: a pure function of (seed, step), so there is no loader state."""
     accelerator = session.accelerator
-    planned = session.plan.step(step)[accelerator.process_index :: accelerator.num_processes]
+    planned: list[list[Any]] = [[session.job.train_items[i] for i in indices] for indices in session.plan.step(step)]
+    planned += [rows for rows in (forgetting.replayed(session, step),) if rows]
+    mine = planned[accelerator.process_index :: accelerator.num_processes]
     size = session.micro_batch
-    micro = [indices[start : start + size] for indices in planned for start in range(0, len(indices), size)]
-    return [_make(session, [session.job.train_items[i] for i in indices], session.job.method) for indices in micro]
+    micro = [items[start : start + size] for items in mine for start in range(0, len(items), size)]
+    return [_make(session, items, session.job.method) for items in micro]
 
 
 def eval_batches(session: Session, items: Sequence[Any], method: Method) -> Iterator[Batch]:

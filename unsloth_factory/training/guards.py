@@ -34,6 +34,11 @@ def record(session: Session, result: StepResult) -> None:
         )
 
 
+def sound(session: Session) -> bool:
+    """The last step was applied, so that a checkpoint of it may be gone back to."""
+    return session.state.bad_streak == 0 and session.state.spike_streak == 0
+
+
 def lost(session: Session) -> bool:
     """Too many steps in a row were not finite."""
     return session.state.bad_streak >= MAX_BAD_STREAK

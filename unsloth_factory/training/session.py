@@ -43,7 +43,33 @@ class LoopState:
     eval_loss: float | None = None
     eval_metrics: dict[str, float] = field(default_factory=dict)
     best_eval_loss: float | None = None
+    """Lowest so far."""
+    best_metric: str | None = None
+    """What `best_value` is a value of."""
+    best_value: float | None = None
     best_step: int | None = None
+    stale_evaluations: int = 0
+    """Evaluations in a row that were no better than the best one."""
+    general_start: float | None = None
+    """Loss on the general questions before the first step, per token."""
+    general_loss: float | None = None
+    forgetting: bool = False
+    """The last general loss was past the limit."""
+    replay_from: int | None = None
+    """First step (index from 0) with general rows in it."""
+    replay_data: str | None = None
+    """SHA-256 of those rows."""
+    recent_losses: list[float] = field(default_factory=list)
+    """Of the steps that were applied last; what a spike is measured by."""
+    recent_norms: list[float] = field(default_factory=list)
+    spikes: int = 0
+    spike_streak: int = 0
+    """Steps in a row that were skipped because of a spike."""
+    rate_factor: float = 1.0
+    """The scheduled learning rate is multiplied by it; each rewind halves it."""
+    scaler_warned: bool = False
+    pending: dict[str, Any] | None = None
+    """Line of metrics.jsonl of a step whose evaluation was interrupted by a signal."""
     end: str | None = None
     """Why the run ends before its last step; None while it goes on."""
 
@@ -71,6 +97,8 @@ class Session:
     peak_rate: float
     fingerprint: dict[str, Any]
     metrics: MetricsLog
+    generations: MetricsLog
+    """Answers to held-out questions, a line each; in step with the checkpoints like `metrics`."""
     progress: Progress
     state: LoopState
     resumed_from: int | None = None
@@ -110,7 +138,7 @@ class Session:
     def rate(self, step: int) -> float:
         """Learning rate of a step (index from 0)."""
         loop = self.job.loop
-        return schedule.learning_rate(
+        return self.state.rate_factor * schedule.learning_rate(
             step,
             self.total_steps,
             peak=self.peak_rate,
@@ -152,6 +180,7 @@ def open_session(job: TrainingJob, progress: Progress) -> Session:
         peak_rate=peak,
         fingerprint=_fingerprint(job, peak),
         metrics=MetricsLog(job.folder.metrics),
+        generations=MetricsLog(job.folder.generations),
         progress=progress,
         state=LoopState(),
     )
