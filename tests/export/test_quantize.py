@@ -94,7 +94,7 @@ def test_full_and_small_disk(source, monkeypatch):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "publish_file", failing)
+        patch.setattr(module, "publish_with_sum", failing)
         with pytest.raises(UserError, match="No space left"):
             quantize(source, out, ["q8_0"])
     assert list(out.iterdir()) == []

@@ -33,7 +33,7 @@ class StreamedModel:
         from accelerate import init_empty_weights
         from transformers import AutoConfig, AutoModelForCausalLM
 
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
         if hasattr(config, "quantization_config"):
             del config.quantization_config  # the values come dequantised
         with init_empty_weights(include_buffers=False):
