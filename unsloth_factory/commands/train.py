@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,9 @@ from unsloth_factory.config.errors import UsageError, UserError
 from unsloth_factory.config.settings import DataSettings
 from unsloth_factory.data.encode import encode_pairs, encode_samples
 from unsloth_factory.data.load import load_conversations, load_pairs
-from unsloth_factory.data.split import split_validation
 from unsloth_factory.data.template import ChatTemplate
 from unsloth_factory.data.thinking import thinking_mode
+from unsloth_factory.data.training_data import training_data
 from unsloth_factory.data.types import Conversation, DataReport, PreferencePair, TokenPair, TokenSample
 from unsloth_factory.knowledge import DomainPack, PackError, TermNormalizer, load_pack
 from unsloth_factory.model.device import default_quantization, pick_device_dtype
@@ -129,14 +129,7 @@ def _load_items(config: SftConfig, command: str, pack: DomainPack | None) -> tup
     load: Any = load_pairs if command == "dpo" else load_conversations
     system = config.data.system or (pack.system_prompt if pack else None)
     normalizer = TermNormalizer(pack) if pack else None
-    items, report = load(config.data, system=system, normalizer=normalizer)
-    if config.data.eval_dataset is None:
-        train_items, held_out = split_validation(items, config.data.val_split, config.loop.seed)
-        return train_items, held_out, report
-    held_settings = replace(config.data, dataset=config.data.eval_dataset, data_limit=None)
-    held_out, held_report = load(held_settings, system=system, normalizer=normalizer)
-    report.files += held_report.files
-    return items, held_out, report
+    return training_data(config.data, load, seed=config.loop.seed, system=system, normalizer=normalizer)
 
 
 def _load(config: SftConfig) -> LoadedModel:
@@ -231,6 +224,8 @@ def _print_report(console: Console, report: DataReport, folder: RunFolder) -> No
     losses += [f"{count:,} {what}" for what, count in report.notes.items()]
     if losses:
         print_labelled(console, f"            {'; '.join(losses)} ({folder.data_report})")
+    for line in (*report.skipped_examples[:2], *report.leaks[:2]):
+        print_labelled(console, f"            such as {line}")
     tokens = report.tokens
     print_labelled(
         console,

@@ -77,7 +77,8 @@ def read_parquet(path: Path) -> Iterator[Row]:
     try:
         file = pyarrow.parquet.ParquetFile(path)
         number = 0
-        for batch in file.iter_batches():
+        # 1,024 rows: a dictionary-encoded column of long texts is a hundred times its size when written out.
+        for batch in file.iter_batches(batch_size=1024):
             for values in batch.to_pylist():
                 number += 1
                 yield Row(number, values)
@@ -98,21 +99,39 @@ def read_xlsx(path: Path) -> Iterator[Row]:
             f"{path}: reading Excel files needs openpyxl. Install it: pip install unsloth-factory[excel]"
         ) from None
     import zipfile
+    import zlib
+    from xml.etree.ElementTree import ParseError
 
+    damaged = (zipfile.BadZipFile, zlib.error, ParseError, openpyxl.utils.exceptions.InvalidFileException)
     try:
         book = openpyxl.load_workbook(path, read_only=True, data_only=True)
-    except (zipfile.BadZipFile, KeyError, OSError, ValueError, openpyxl.utils.exceptions.InvalidFileException) as error:
+        try:
+            yield from _sheet_rows(book, path)
+        finally:
+            book.close()
+    except UserError:
+        raise
+    except (*damaged, KeyError, OSError, ValueError, TypeError, AttributeError, IndexError, EOFError) as error:
+        # openpyxl lets whatever a malformed part of the archive runs into through.
         raise UserError(f"{path}: not a readable xlsx workbook ({error}). Save it again as .xlsx or .csv.") from None
+
+
+def _sheet_rows(book: Any, path: Path) -> Iterator[Row]:
+    if not book.worksheets:
+        raise UserError(f"{path}: the workbook has no sheet of cells. Save the table as .csv.")
+    sheet = book.worksheets[0]
+    # Programs write wrong sizes, up to 16,384 columns for three; without them each row is as long as its cells.
+    sheet.reset_dimensions()
     header: list[str] | None = None
-    for number, cells in enumerate(book.worksheets[0].iter_rows(values_only=True), 1):
+    for number, cells in enumerate(sheet.iter_rows(values_only=True), 1):
         if all(cell is None or not str(cell).strip() for cell in cells):
             continue
         if header is None:
             header = _header(["" if cell is None else str(cell) for cell in cells], path)
-        else:
-            # Cells right of the header are None or notes that belong to no column.
-            yield Row(number, {name: cell for name, cell in zip(header, cells, strict=False) if name})
-    book.close()
+            continue
+        # Cells right of the header are None or notes that belong to no column; missing ones at the end are empty.
+        padded = [*cells, *[None] * (len(header) - len(cells))]
+        yield Row(number, {name: cell for name, cell in zip(header, padded, strict=False) if name})
 
 
 def _header(fields: Sequence[str], path: Path) -> list[str]:
