@@ -19,13 +19,21 @@ from unsloth_factory.training.session import Session
 
 REASON = "forgetting"
 """How the reason of an early end begins."""
+UNKNOWN = 0.5
+"""General loss as a share of that of guessing any token, from which on there is nothing to forget. Models that can
+talk have a tenth of it."""
 REPLAY_STREAM = 0x9E7A
 """Tells the random numbers of replay from those of the sample order."""
 
 
 def acts(session: Session) -> bool:
     """The guard may do more than warn, so it must look even where nothing is held out."""
-    return bool(session.job.general_items) and session.job.watch.forgetting in ("stop", "replay")
+    return measures(session) and session.job.watch.forgetting in ("stop", "replay")
+
+
+def measures(session: Session) -> bool:
+    """There is something that could be forgotten."""
+    return bool(session.job.general_items) and not _unknown(session)
 
 
 def note_start(session: Session, loss: float) -> None:
@@ -34,13 +42,15 @@ def note_start(session: Session, loss: float) -> None:
     state.general_start = state.general_loss = loss if math.isfinite(loss) else None
     note = ""
     if _unknown(session):
-        note = "; the model does not know such questions, so there is nothing to forget and no alarm is given"
+        note = ": the model does not know such questions, so there is nothing to forget, and it is not measured again"
     session.progress.say(f"Before training: general loss {loss:.4f} on {len(session.job.general_items)} answers{note}")
 
 
 def judge(session: Session, loss: float) -> dict[str, float]:
     """Act on a new general loss; returns its figures for metrics.jsonl."""
     state = session.state
+    if not measures(session):
+        return {}
     if state.general_start is None:  # a run that was begun without this guard: from here on, then
         note_start(session, loss)
     if state.general_start is None or not math.isfinite(loss):
@@ -57,12 +67,13 @@ def _rise(session: Session) -> float:
 
 
 def _past_limit(session: Session) -> bool:
-    return _rise(session) > session.job.watch.forgetting_limit and not _unknown(session)
+    return _rise(session) > session.job.watch.forgetting_limit
 
 
 def _unknown(session: Session) -> bool:
-    """Worse than half of the nats of guessing any token: such a model has not learnt these languages yet."""
-    return (session.state.general_start or 0.0) > 0.5 * math.log(len(session.job.loaded.tokenizer))
+    """The model had hardly learnt these languages before: the bundled one starts at 10.7 nats, guessing gives 8.5."""
+    guessing = math.log(len(session.job.loaded.tokenizer))
+    return (session.state.general_start or 0.0) > UNKNOWN * guessing
 
 
 def _act(session: Session) -> None:

@@ -14,10 +14,10 @@ from unsloth_factory.training.batches import eval_batches
 from unsloth_factory.training.methods import Method, Sft
 from unsloth_factory.training.reduce import Sums, reduce_number
 from unsloth_factory.training.session import Session
-from unsloth_factory.training.signals import StopSignals
+from unsloth_factory.training.signals import StopRequest
 
 
-def before(session: Session, stop: StopSignals) -> bool:
+def before(session: Session, stop: StopRequest) -> bool:
     """Look at the untrained model, for comparison later; False when a signal came in between."""
     leave = _leave(session, stop)
     general = _general_loss(session, leave)
@@ -30,34 +30,36 @@ def before(session: Session, stop: StopSignals) -> bool:
     return True
 
 
-def look(session: Session, stop: StopSignals) -> dict[str, float] | None:
-    """Everything that is due after this step, as figures for its line of metrics.jsonl.
+def watches(session: Session) -> bool:
+    """There is something to look at."""
+    return bool(session.job.eval_items) or forgetting.acts(session)
+
+
+def look(session: Session, stop: StopRequest) -> dict[str, float] | None:
+    """Everything that is watched, as figures for the step's line of metrics.jsonl.
 
     None when a signal came in between: then nothing is remembered, and the resumed run looks again.
     """
     state, job = session.state, session.job
-    every = job.run.eval_steps or job.run.save_steps
-    watched = job.eval_items or forgetting.acts(session)
-    if not watched or (state.step % every and state.step != session.total_steps):
-        return {}
+    ended_before = state.end is not None
     leave = _leave(session, stop)
     held_out = evaluate(session, job.eval_items, job.method, leave) if job.eval_items else (math.nan, {})
     general = _general_loss(session, leave) if held_out is not None else None
     answers = generations.ask(session, leave) if general is not None else None
     if held_out is None or general is None or answers is None:
         return None
-    figures = _remember(session, *held_out) | (forgetting.judge(session, general) if job.general_items else {})
+    figures = _remember(session, *held_out) | forgetting.judge(session, general)
     figures |= generations.figures(answers)
     best.judge(session, figures)
     generations.keep(session, answers)
     session.progress.say(f"step {state.step}: {_summary(session, figures)}")
     generations.show(session, answers)
-    if state.end is not None:
+    if state.end is not None and not ended_before:
         session.progress.say(f"The run ends at step {state.step} of {session.total_steps}: {state.end}")
     return figures
 
 
-def _leave(session: Session, stop: StopSignals) -> Callable[[], bool]:
+def _leave(session: Session, stop: StopRequest) -> Callable[[], bool]:
     """Asked between two batches: has a signal come, so that the rest waits for the resumed run?
 
     Several processes finish what they have begun: they would not hear of it at the same batch.
@@ -101,7 +103,7 @@ def _shown(session: Session, name: str, figures: dict[str, float]) -> str:
 
 def _general_loss(session: Session, leave: Callable[[], bool]) -> float | None:
     """SFT loss of the general questions per token, NaN where there are none; None when `leave` said so."""
-    if not session.job.general_items:
+    if not forgetting.measures(session):
         return math.nan
     outcome = evaluate(session, session.job.general_items, Sft(), leave)
     return None if outcome is None else outcome[0]
