@@ -12,6 +12,7 @@ from typing import Any
 
 from rich.console import Console
 
+from unsloth_factory.commands.watch import check_watch, general_conversations, watched
 from unsloth_factory.config.commands import DpoConfig, SftConfig
 from unsloth_factory.config.errors import UsageError, UserError
 from unsloth_factory.config.settings import DataSettings
@@ -74,11 +75,13 @@ def _train(config: SftConfig, command: str, method: Method) -> TrainResult:
         raise UsageError(
             f"uf {command} needs {' and '.join(missing)}. Example: uf {command} --model tiny --dataset d.csv"
         )
+    check_watch(config, command)
     console = Console()
     folder = RunFolder(Path(config.run.output_dir or f"output/{command}-{datetime.now():%Y%m%d-%H%M%S}"))
     pack = _domain_pack(config.data.domain)
     with claim(folder, config.run, lambda line: console.print(line, highlight=False, markup=False)) as store:
         items, held_out, report = _load_items(config, command, pack)
+        general = general_conversations(config.watch, held_out)
         loaded = _load(config)
         eos = loaded.generation_defaults.get("eos_token_id", [])
         template = ChatTemplate.from_tokenizer(
@@ -87,6 +90,16 @@ def _train(config: SftConfig, command: str, method: Method) -> TrainResult:
         prepared = _encode(config, template, items, held_out, report)
         write_json(folder.data_report, asdict(report))
         _print_report(console, report, folder)
+        manifest = _manifest(config, command, loaded, template, pack, prepared.thinking)
+        looked_at = watched(
+            config,
+            general,
+            prepared.held_out,
+            loaded=loaded,
+            template=template,
+            thinking=manifest.thinking_flag,
+            pack=pack,
+        )
         job = TrainingJob(
             loaded=loaded,
             template=template,
@@ -94,11 +107,16 @@ def _train(config: SftConfig, command: str, method: Method) -> TrainResult:
             train_items=prepared.train_items,
             eval_items=prepared.eval_items,
             held_out=prepared.held_out,
+            general_items=looked_at.general_items,
+            replay_items=looked_at.replay_items,
+            answerer=looked_at.answerer,
             tuning=config.tuning,
             loop=config.loop,
             run=config.run,
+            watch=config.watch,
+            guard=config.guard,
             folder=folder,
-            manifest=_manifest(config, command, loaded, template, pack, prepared.thinking),
+            manifest=manifest,
             store=store,
             resume_command=_resume_command(command, folder),
             console=console,
