@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -62,6 +63,8 @@ class TrainingJob:
     """Stored as run.yaml before the first step."""
     store: CheckpointStore
     """From `checkpoint.claim(folder, run)`, which holds the run folder."""
+    started: float = field(default_factory=time.monotonic)
+    """When the time of --time_budget began, on the clock of `time.monotonic`, s."""
     resume_command: str = "the same command with --resume auto"
     """How to go on after a signal, for the message."""
     console: Console | None = None

@@ -14,7 +14,7 @@ import torch
 from unsloth_factory.config.errors import Stopped, UserError
 from unsloth_factory.data.split import write_validation_split
 from unsloth_factory.run.atomic import partial, publish_folder, require_free_space, write_text
-from unsloth_factory.training import best, forgetting, guards, held_out, resume
+from unsloth_factory.training import best, extension, forgetting, guards, held_out, pace, resume
 from unsloth_factory.training.announce import announce
 from unsloth_factory.training.checkpoint import Checkpoint, disk_errors
 from unsloth_factory.training.job import TrainingJob, TrainResult
@@ -90,6 +90,7 @@ def restore(session: Session, checkpoint: Checkpoint) -> None:
     if session.accelerator.scaler is not None and checkpoint.state["scaler"]:
         session.accelerator.scaler.load_state_dict(checkpoint.state["scaler"])
     session.state.load(checkpoint.state["loop"])
+    extension.apply(session)
     if session.accelerator.is_main_process:
         here = checkpoint.path.resolve().parent == job.folder.path.resolve()
         session.metrics.start(checkpoint.state["metrics_bytes"] if here else 0, session.progress.say)
@@ -116,6 +117,7 @@ def walk(session: Session, stop: StopSignals) -> None:
     session.progress.start(state.step, session.total_steps)
     if state.step == 0:
         _look_before(session, stop)
+    pace.begin(session)
     while state.pending is not None or not session.over:
         started = time.monotonic()
         if state.pending is None:
@@ -126,16 +128,21 @@ def walk(session: Session, stop: StopSignals) -> None:
                 _log(session, state.pending)
                 guards.rewind(session, result, restore)
                 continue
-        figures = held_out.look(session, stop)
+            pace.after_step(session)
+        figures = pace.look(session, stop)
         state.seconds += time.monotonic() - started
         if figures is not None:
             _log(session, state.pending | figures)
             state.pending = None
         stopped = _stop_signal(session, stop)
         # During a bad streak no regular checkpoint is taken: the one before it is what the run may be set back to.
-        regular = state.step % run.save_steps == 0 or best.kept(session) == state.step
+        regular = pace.permits_save(session, due=state.step % run.save_steps == 0) or best.kept(session) == state.step
         if (regular and guards.sound(session)) or stopped or session.over:
             save(session)
+            pace.after_save(session)
+        if pace.rehearses_plot(session):
+            _plot(session)
+            pace.announce(session)
         if stopped and (state.pending is not None or not session.over):
             raise Stopped(
                 f"Stopped at step {state.step} of {session.total_steps}; everything is saved. "
@@ -242,7 +249,8 @@ def finish(session: Session) -> TrainResult:
         require_finite(job.loaded, path.name)
         with disk_errors(str(path), "Free some space and repeat the command with --resume auto: training is done."):
             _publish_weights(job, path, final_step)
-        plot_loss(session.metrics.read(), job.folder.loss_plot, f"{job.folder.path.name}: {job.method.name}")
+        if pace.permits_plot(session):
+            _plot(session)
     session.accelerator.end_training()
     return TrainResult(
         steps=state.step,
@@ -264,6 +272,12 @@ def finish(session: Session) -> TrainResult:
         resumed_from=session.resumed_from,
         adapter_path=path,
     )
+
+
+def _plot(session: Session) -> None:
+    job = session.job
+    if session.accelerator.is_main_process:
+        plot_loss(session.metrics.read(), job.folder.loss_plot, f"{job.folder.path.name}: {job.method.name}")
 
 
 def _publish_weights(job: TrainingJob, path: Path, step: int) -> None:

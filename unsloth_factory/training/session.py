@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, fields
+import math
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from unsloth_factory.training.job import TrainingJob
 from unsloth_factory.training.metrics import MetricsLog
 from unsloth_factory.training.optimizers import make_optimizer, state_bytes
 from unsloth_factory.training.progress import Progress
+from unsloth_factory.training.time_budget import TimeBox
 
 PRECISIONS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "no"}
 
@@ -70,6 +72,14 @@ class LoopState:
     scaler_warned: bool = False
     pending: dict[str, Any] | None = None
     """Line of metrics.jsonl of a step whose evaluation was interrupted by a signal."""
+    schedule_start: int = 0
+    """Step at which the present warm-up and decay began: 0, or where the run was extended."""
+    extended_epochs: float = 0.0
+    """--extend_epochs of the present extension."""
+    progress: float | None = None
+    """Share of the warm-up and decay that is behind, where the time decides (see time_budget.py); else None."""
+    step_share: float = 0.0
+    """What the next step is expected to add to it."""
     end: str | None = None
     """Why the run ends before its last step; None while it goes on."""
 
@@ -100,6 +110,7 @@ class Session:
     generations: MetricsLog
     """Answers to held-out questions, a line each; in step with the checkpoints like `metrics`."""
     progress: Progress
+    time_box: TimeBox
     state: LoopState
     resumed_from: int | None = None
 
@@ -112,6 +123,11 @@ class Session:
     def over(self) -> bool:
         """No further step is to be done."""
         return self.state.end is not None or self.state.step >= self.total_steps
+
+    @property
+    def evaluation_steps(self) -> int:
+        """Steps between two evaluations."""
+        return self.job.run.eval_steps or self.job.run.save_steps
 
     @property
     def packing(self) -> bool:
@@ -136,15 +152,17 @@ class Session:
         return int(1.05 * (weights + state_bytes(self.job.loop.optimizer, self.parameters))) + 2**20
 
     def rate(self, step: int) -> float:
-        """Learning rate of a step (index from 0)."""
-        loop = self.job.loop
-        return self.state.rate_factor * schedule.learning_rate(
-            step,
-            self.total_steps,
-            peak=self.peak_rate,
-            shape=loop.lr_scheduler_type,
-            warmup_ratio=loop.warmup_ratio,
-        )
+        """Learning rate of a step (index from 0); with a time budget that of the present one, whatever its index."""
+        loop, state = self.job.loop, self.state
+        settings: dict[str, Any] = {
+            "peak": self.peak_rate,
+            "shape": loop.lr_scheduler_type,
+            "warmup_ratio": loop.warmup_ratio,
+        }
+        if state.progress is not None:
+            return state.rate_factor * schedule.paced_rate(state.progress, state.step_share, **settings)
+        first = state.schedule_start
+        return state.rate_factor * schedule.learning_rate(step - first, self.total_steps - first, **settings)
 
 
 def open_session(job: TrainingJob, progress: Progress) -> Session:
@@ -162,6 +180,26 @@ def open_session(job: TrainingJob, progress: Progress) -> Session:
     parameters = job.loaded.trainable_parameters()
     accelerator = _accelerator(job)
     optimizer = make_optimizer(loop.optimizer, parameters, weight_decay=loop.weight_decay)
+    peak = schedule.peak_learning_rate(loop, job.tuning, job.method.name)
+    return Session(
+        job=job,
+        accelerator=accelerator,
+        optimizer=accelerator.prepare_optimizer(optimizer, device_placement=False),
+        parameters=parameters,
+        plan=_plan(job),
+        peak_rate=peak,
+        fingerprint=_fingerprint(job, peak),
+        metrics=MetricsLog(job.folder.metrics),
+        generations=MetricsLog(job.folder.generations),
+        progress=progress,
+        time_box=TimeBox(job.run.time_budget or math.inf, job.started, 3.0 if _trackers(job.run.report_to) else 0.0),
+        state=LoopState(),
+    )
+
+
+def _plan(job: TrainingJob) -> StepPlan:
+    """The samples of every step; an extension goes beyond --max_steps where that is given."""
+    loop, extend_epochs = job.loop, job.run.extend_epochs
     plan = StepPlan(
         n_samples=len(job.train_items),
         batch_size=loop.batch_size,
@@ -170,20 +208,11 @@ def open_session(job: TrainingJob, progress: Progress) -> Session:
         max_steps=loop.max_steps,
         seed=loop.seed,
     )
-    peak = schedule.peak_learning_rate(loop, job.tuning, job.method.name)
-    return Session(
-        job=job,
-        accelerator=accelerator,
-        optimizer=accelerator.prepare_optimizer(optimizer, device_placement=False),
-        parameters=parameters,
-        plan=plan,
-        peak_rate=peak,
-        fingerprint=_fingerprint(job, peak),
-        metrics=MetricsLog(job.folder.metrics),
-        generations=MetricsLog(job.folder.generations),
-        progress=progress,
-        state=LoopState(),
-    )
+    if extend_epochs is None:
+        return plan
+    if loop.max_steps is None:
+        return replace(plan, epochs=loop.epochs + extend_epochs)
+    return replace(plan, max_steps=loop.max_steps + replace(plan, epochs=extend_epochs, max_steps=None).total_steps)
 
 
 def _fingerprint(job: TrainingJob, peak_rate: float) -> dict[str, Any]:
