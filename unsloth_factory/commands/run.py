@@ -91,7 +91,9 @@ def run_plan(path: Path, output_dir: str | None, *, force: bool = False) -> int:
         console.rule(title, align="left")
         begun, before = time.monotonic(), _changes(stage)
         outdated = cache.forget(stage.label)
-        code = COMMANDS[stage.command].load()(_started_anew(stage) if force else stage.config)
+        # A training's --time_budget begins with its stage, not with the process.
+        clock = {"started": begun} if stage.command in TRAINING else {}
+        code = COMMANDS[stage.command].load()(_started_anew(stage) if force else stage.config, **clock)
         if code != 0:
             return code
         seconds[stage.label] = round(time.monotonic() - begun, 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
@@ -34,6 +35,7 @@ from unsloth_factory.training.job import TrainingJob, TrainResult
 from unsloth_factory.training.loop import train
 from unsloth_factory.training.methods import METHODS, Method
 from unsloth_factory.training.progress import print_labelled
+from unsloth_factory.training.time_budget import process_started
 
 
 @dataclass(frozen=True)
@@ -47,29 +49,29 @@ class Prepared:
     report: DataReport
 
 
-def run_sft(config: SftConfig) -> int:
-    """`uf sft`."""
-    sft(config)
+def run_sft(config: SftConfig, started: float | None = None) -> int:
+    """`uf sft`; its --time_budget began with the process, or at `started` on the clock of `time.monotonic`."""
+    sft(config, process_started() if started is None else started)
     return 0
 
 
-def run_dpo(config: DpoConfig) -> int:
-    """`uf dpo`."""
-    dpo(config)
+def run_dpo(config: DpoConfig, started: float | None = None) -> int:
+    """`uf dpo`; its --time_budget began with the process, or at `started` on the clock of `time.monotonic`."""
+    dpo(config, process_started() if started is None else started)
     return 0
 
 
-def sft(config: SftConfig) -> TrainResult:
-    """Supervised fine-tuning; for notebooks too."""
-    return _train(config, "sft", METHODS["sft"]())
+def sft(config: SftConfig, started: float | None = None) -> TrainResult:
+    """Supervised fine-tuning; for notebooks too. A time budget begins now, or at `started` (`time.monotonic`)."""
+    return _train(config, "sft", METHODS["sft"](), time.monotonic() if started is None else started)
 
 
-def dpo(config: DpoConfig) -> TrainResult:
-    """Direct preference optimisation; for notebooks too."""
-    return _train(config, "dpo", METHODS["dpo"](beta=config.beta))
+def dpo(config: DpoConfig, started: float | None = None) -> TrainResult:
+    """Direct preference optimisation; for notebooks too. A time budget begins now, or at `started`."""
+    return _train(config, "dpo", METHODS["dpo"](beta=config.beta), time.monotonic() if started is None else started)
 
 
-def _train(config: SftConfig, command: str, method: Method) -> TrainResult:
+def _train(config: SftConfig, command: str, method: Method, started: float) -> TrainResult:
     if config.model.model is None or config.data.dataset is None:
         missing = [f"--{name}" for name, value in _required(config).items() if value is None]
         raise UsageError(
@@ -118,6 +120,7 @@ def _train(config: SftConfig, command: str, method: Method) -> TrainResult:
             folder=folder,
             manifest=manifest,
             store=store,
+            started=started,
             resume_command=_resume_command(command, folder),
             console=console,
         )

@@ -179,8 +179,8 @@ def _end(session: Session) -> None:
     state, box = session.state, session.time_box
     state.end = f"time budget: no further step fits into {duration(box.seconds)}"
     session.progress.say(
-        f"Time box: {box.used:.1f} of {box.seconds:g} s are used; step {state.step:,} of {session.total_steps:,} is the "
-        f"last, {box.reserve():.1f} s are kept for the end"
+        f"Time box: {box.used:.1f} of {box.seconds:g} s are used; step {state.step:,} of {session.total_steps:,} is "
+        f"the last, {box.reserve():.1f} s are kept for the end"
     )
 
 
