@@ -57,13 +57,13 @@ def remove_leftovers(path: Path) -> None:
     if not os.path.lexists(path) and os.path.lexists(old):
         os.replace(old, path)
     for leftover, writer in _leftovers(path):
-        if writer is None or not _is_alive(writer):
+        if writer is None or leftover == own_partial(path) or not _is_alive(writer):
             discard(leftover)
 
 
 def _leftovers(path: Path) -> list[tuple[Path, int | None]]:
-    """(temporary file or folder of `path`, process id of the `write_bytes` that made it)."""
-    pattern = re.compile(rf"{re.escape(_stem(path))}(\.old|\.\d+|\.(?P<writer>\d+)\.\w+)?{re.escape(SUFFIX)}")
+    """(temporary file or folder of `path`, process id of its writer where the name tells it)."""
+    pattern = re.compile(rf"{re.escape(_stem(path))}(\.old|\.(?P<writer>\d+)(\.\w+)?)?{re.escape(SUFFIX)}")
     try:
         matches = [pattern.fullmatch(name) for name in os.listdir(path.parent)]
     except FileNotFoundError:
