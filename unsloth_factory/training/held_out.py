@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
-
-import torch
+from collections.abc import Callable
 
 from unsloth_factory.scoring import wilson_interval
 from unsloth_factory.training import best, forgetting, generations
-from unsloth_factory.training.batches import eval_batches
-from unsloth_factory.training.methods import Method, Sft
-from unsloth_factory.training.reduce import Sums, reduce_number
+from unsloth_factory.training.evaluation import evaluate
+from unsloth_factory.training.methods import Sft
 from unsloth_factory.training.session import Session
 from unsloth_factory.training.signals import StopRequest
 
@@ -107,25 +103,3 @@ def _general_loss(session: Session, leave: Callable[[], bool]) -> float | None:
         return math.nan
     outcome = evaluate(session, session.job.general_items, Sft(), leave)
     return None if outcome is None else outcome[0]
-
-
-def evaluate(
-    session: Session, items: Sequence[Any], method: Method, leave: Callable[[], bool]
-) -> tuple[float, dict[str, float]] | None:
-    """Loss and figures of a method on samples that are not trained on; None when `leave` asked to break off."""
-    loaded = session.job.loaded
-    sums, count = Sums(session, method.figures), 0
-    loaded.model.eval()
-    try:
-        with torch.no_grad():
-            for batch in eval_batches(session, items, method):
-                if leave():
-                    return None
-                with session.accelerator.autocast():
-                    part = method.loss(loaded, batch)
-                sums.add(part)
-                count += part.count
-    finally:
-        loaded.model.train()
-    loss, metrics = sums.means(int(reduce_number(session, count)))
-    return loss.item(), metrics

@@ -16,6 +16,7 @@ from unsloth_factory.data.types import Conversation, TokenPair, TokenSample
 from unsloth_factory.model.loaded import LoadedModel
 from unsloth_factory.run.folder import RunFolder, RunManifest
 from unsloth_factory.training.checkpoint import CheckpointStore
+from unsloth_factory.training.meter import Meter
 from unsloth_factory.training.methods.base import Method
 
 
@@ -67,6 +68,8 @@ class TrainingJob:
     """When the time of --time_budget began, on the clock of `time.monotonic`, s."""
     resume_command: str = "the same command with --resume auto"
     """How to go on after a signal, for the message."""
+    meter: Meter | None = None
+    """Where the memory figures come from; default: the device's own."""
     console: Console | None = None
     """Where lines and progress go; default: standard output."""
 

@@ -14,11 +14,12 @@ import torch
 from unsloth_factory.config.errors import Stopped, UserError
 from unsloth_factory.data.split import write_validation_split
 from unsloth_factory.run.atomic import partial, publish_folder, require_free_space, write_text
-from unsloth_factory.training import best, extension, forgetting, guards, held_out, pace, resume
+from unsloth_factory.training import best, extension, forgetting, guards, held_out, memory, pace, resume
 from unsloth_factory.training.announce import announce
 from unsloth_factory.training.checkpoint import Checkpoint, disk_errors
 from unsloth_factory.training.job import TrainingJob, TrainResult
 from unsloth_factory.training.plot import plot_loss
+from unsloth_factory.training.probe import probe
 from unsloth_factory.training.progress import Progress, peak_memory
 from unsloth_factory.training.session import Session, open_session
 from unsloth_factory.training.signals import StopSignals
@@ -37,6 +38,7 @@ def train(job: TrainingJob) -> TrainResult:
         session = open_session(job, progress)
         begin(session)
         announce(session)
+        probe(session)
         walk(session, stop)
         return finish(session)
 
@@ -89,7 +91,10 @@ def restore(session: Session, checkpoint: Checkpoint) -> None:
     read_tensors(checkpoint.path, job.loaded, session.optimizer.optimizer)
     if session.accelerator.scaler is not None and checkpoint.state["scaler"]:
         session.accelerator.scaler.load_state_dict(checkpoint.state["scaler"])
+    levers = session.state.levers
     session.state.load(checkpoint.state["loop"])
+    session.state.levers = levers.joined(session.state.levers)  # what did not fit before a rewind does not fit after it
+    session.state.levers.apply(job.loaded)
     extension.apply(session)
     if session.accelerator.is_main_process:
         here = checkpoint.path.resolve().parent == job.folder.path.resolve()
@@ -123,6 +128,7 @@ def walk(session: Session, stop: StopSignals) -> None:
         if state.pending is None:
             result = run_step(session, state.step)
             guards.record(session, result)
+            memory.watch(session)
             state.pending = _metrics_line(session, result, time.monotonic() - started)
             if guards.lost(session):
                 _log(session, state.pending)

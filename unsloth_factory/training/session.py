@@ -15,6 +15,9 @@ from unsloth_factory.config.errors import UserError
 from unsloth_factory.data.batching import StepPlan
 from unsloth_factory.training import resume, schedule
 from unsloth_factory.training.job import TrainingJob
+from unsloth_factory.training.levers import Levers
+from unsloth_factory.training.memory_watch import MemoryWatch
+from unsloth_factory.training.meter import Meter, meter_of
 from unsloth_factory.training.metrics import MetricsLog
 from unsloth_factory.training.optimizers import make_optimizer, state_bytes
 from unsloth_factory.training.progress import Progress
@@ -39,8 +42,8 @@ class LoopState:
     """Steps in a row that were not finite."""
     rewound: bool = False
     """The run has been set back to a checkpoint once."""
-    micro_batch: int | None = None
-    """Samples in one micro-batch after the memory ran out; None: as --batch_size says."""
+    levers: Levers = field(default_factory=Levers)
+    """What was given up for memory."""
     last_loss: float | None = None
     eval_loss: float | None = None
     eval_metrics: dict[str, float] = field(default_factory=dict)
@@ -92,6 +95,7 @@ class LoopState:
         fresh = LoopState()
         for known in fields(self):
             setattr(self, known.name, values.get(known.name, getattr(fresh, known.name)))
+        self.levers = Levers.of(values.get("levers"))
 
 
 @dataclass
@@ -112,6 +116,8 @@ class Session:
     progress: Progress
     time_box: TimeBox
     state: LoopState
+    meter: Meter
+    memory_watch: MemoryWatch = field(default_factory=MemoryWatch)
     resumed_from: int | None = None
 
     @property
@@ -133,11 +139,6 @@ class Session:
     def packing(self) -> bool:
         """Samples of a micro-batch share one row."""
         return not self.job.loop.no_packing
-
-    @property
-    def micro_batch(self) -> int:
-        """Samples in one micro-batch."""
-        return self.state.micro_batch or self.job.loop.batch_size
 
     @property
     def pad_id(self) -> int:
@@ -194,6 +195,7 @@ def open_session(job: TrainingJob, progress: Progress) -> Session:
         progress=progress,
         time_box=TimeBox(job.run.time_budget or math.inf, job.started, 3.0 if _trackers(job.run.report_to) else 0.0),
         state=LoopState(),
+        meter=job.meter or meter_of(job.loaded.device),
     )
 
 
