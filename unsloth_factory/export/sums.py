@@ -47,8 +47,10 @@ def verify_file(path: Path) -> str:
     """Digest of a file, compared with the SHA256SUMS beside it when that names it.
 
     Raises:
-        UserError: The file is not the one that was written.
+        UserError: The file is not the one that was written, or it is not there.
     """
+    if not path.is_file():
+        raise UserError(f"{path} is missing. Give the path of a GGUF file, or make one with uf gguf.")
     digest = sha256(path)
     wanted = read_sums(path.parent).get(path.name)
     if wanted is not None and digest not in wanted:

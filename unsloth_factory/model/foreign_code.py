@@ -85,12 +85,26 @@ def refuse_adapter_code(path: Path, config: dict[str, Any]) -> None:
     for key in PATTERN_KEYS:
         value = config.get(key)
         texts = [value] if isinstance(value, str) else list(value or ())
-        bad = next((text for text in texts if not isinstance(text, str) or REPEATED_GROUP.search(text)), None)
+        bad = next((text for text in texts if not _is_plain_pattern(text)), None)
         if bad is not None:
             raise UserError(
-                f"{path}: {key} holds the pattern {str(bad)[:80]!r}; patterns that repeat a group can run for ever and "
-                "are refused. List the module names instead."
+                f"{path}: {key} holds {str(bad)[:80]!r}, which is no pattern or one that repeats a group (it could run "
+                "for ever). List the module names instead."
             )
+    patterns = config.get("alpha_pattern") or {}
+    numbers = [config.get("lora_alpha"), *(patterns.values() if isinstance(patterns, dict) else ["no object"])]
+    if any(value is not None and not isinstance(value, int | float) for value in numbers):
+        raise UserError(f"{path}: lora_alpha and the values of alpha_pattern must be numbers. Copy the adapter again.")
+
+
+def _is_plain_pattern(text: Any) -> bool:
+    if not isinstance(text, str) or REPEATED_GROUP.search(text):
+        return False
+    try:
+        re.compile(text)
+    except re.error:
+        return False
+    return True
 
 
 def load_config(folder: Path) -> Any:
