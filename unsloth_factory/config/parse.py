@@ -18,6 +18,7 @@ from unsloth_factory.config.yaml_file import read_yaml
 ConfigT = TypeVar("ConfigT")
 YAML_ENDINGS = (".yaml", ".yml")
 NO_VALUE = object()
+MOST_MISTAKES = 50  # shown at once
 KEY_VALUE = re.compile(r"([A-Za-z][\w-]*)=(.*)", re.DOTALL)
 
 
@@ -63,8 +64,7 @@ def parse(config_type: type[Any], argv: list[str], command: str = "") -> Parsed:
     for key, value, where in flags:
         _take(key, value, where, (table, command, given, problems, notes))
     values = _converted(given.values(), table, problems)
-    if problems:
-        raise UsageError("\n".join(problems))
+    _refuse(problems)
     try:
         return Parsed(build(config_type, values), notes)
     except UsageError as error:
@@ -86,8 +86,7 @@ def from_mapping(config_type: type[Any], mapping: dict[str, Any], where: str, co
         place = f" (line {lines[key]})" if key in lines else ""
         _take(str(key), value, f"{where}: {key}{place}", (table, command, given, problems, notes))
     values = _converted(given.values(), table, problems)
-    if problems:
-        raise UsageError("\n".join(problems))
+    _refuse(problems)
     try:
         return Parsed(build(config_type, values), notes)
     except UsageError as error:
@@ -137,6 +136,12 @@ def flat_values(config: Any) -> dict[str, Any]:
             value = getattr(value, name)
         values[setting.name] = value
     return values
+
+
+def _refuse(problems: list[str]) -> None:
+    if problems:
+        more = [f"and {len(problems) - MOST_MISTAKES} more mistakes"] if len(problems) > MOST_MISTAKES else []
+        raise UsageError("\n".join(problems[:MOST_MISTAKES] + more))
 
 
 def suggestion(word: str, known: Iterable[str]) -> str:

@@ -15,7 +15,7 @@ import yaml
 
 from unsloth_factory.config.errors import UsageError
 
-# PyYAML reads 256 KiB in two seconds; the longest settings file seen has 6 KiB.
+# PyYAML needs three seconds for the worst 256 KiB; the longest settings file seen has 6 KiB.
 MAX_BYTES = 1 << 18
 # Values after all aliases are written out: ten lines of aliases can stand for a billion values.
 MAX_VALUES = 100_000
@@ -207,5 +207,5 @@ def _place(path: Path, text: str, error: yaml.YAMLError) -> str:
 
 def _reason(error: yaml.YAMLError) -> str:
     if isinstance(error, yaml.reader.ReaderError):
-        return f"the character U+{ord(error.character):04X} is not allowed in YAML"
+        return f"the character U+{error.character:04X} is not allowed in YAML"
     return str(getattr(error, "problem", None) or error)

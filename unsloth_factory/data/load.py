@@ -213,7 +213,8 @@ def _renaming(source: Source, shape: Shape, table: Table) -> Callable[[Mapping[s
             continue
         if role not in shape.roles and role not in _MEDIA_ROLES:
             raise UserError(
-                f"--columns {role}={column}: unknown role. Known for {shape.name}: {', '.join(shape.roles)}."
+                f"{source.path}: --columns {role}={column}: unknown role. "
+                f"Known for {shape.name}: {', '.join(shape.roles)}."
             )
         if column not in table.columns:
             raise UserError(

@@ -133,8 +133,10 @@ def _read_yaml(text: str, at: Place) -> Mapping[str, Any]:
     except yaml.MarkedYAMLError as error:
         line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
         raise at.error(f"{line}{error.problem or error}") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: an impossible date, 5,000 digits
         raise at.error(str(error)) from error
+    except RecursionError:
+        raise at.error("nested too deeply") from None
     if not isinstance(root, dict):
         raise at.error(f"must be a mapping with the sections {_list(SECTIONS)}")
     return root

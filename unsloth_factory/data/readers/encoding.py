@@ -6,7 +6,7 @@ import codecs
 from collections import Counter
 from pathlib import Path
 
-from unsloth_factory.config.errors import UserError
+from unsloth_factory.config.errors import UsageError, UserError
 
 # UTF-32 first: its little-endian mark begins with UTF-16's.
 _MARKS = (
@@ -19,6 +19,14 @@ _MARKS = (
 # GB2312 orders its 3,755 most used characters first, in these lead bytes; A1-A3 hold punctuation and full-width forms.
 _COMMON_LEADS = frozenset(range(0xB0, 0xD8)) | {0xA1, 0xA2, 0xA3}
 _COMMON_SHARE = 0.6
+# In running Chinese every fourth character is one of these or a wide punctuation mark. EUC-KR's Hangul falls on the
+# same lead bytes, but on other characters.
+_FREQUENT = frozenset(
+    "的一是不了在有人这中大来上个国到说们为子和你地出道也时年得就那要下以生会自着去之过家学对可里后小么心多天而能"
+    "好都然没于起还发成事只作当想看无开用请问病什，。？！：；、（）《》“”"
+)
+_FREQUENT_SHARE = 0.03
+_ENOUGH = 40  # characters from which on the share says something
 _SAMPLE = 1 << 20
 
 
@@ -58,7 +66,7 @@ def _decode_as(raw: bytes, path: Path, encoding: str) -> tuple[str, str]:
     try:
         return raw.decode(encoding).removeprefix("\ufeff"), encoding
     except LookupError:
-        raise UserError(f"--encoding {encoding}: no such encoding. Use auto, utf-8, gbk, gb18030 or utf-16.") from None
+        raise UsageError(f"--encoding {encoding}: no such encoding. Use auto, utf-8, gbk, gb18030 or utf-16.") from None
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
         raise UserError(
@@ -70,11 +78,13 @@ def _decode_as(raw: bytes, path: Path, encoding: str) -> tuple[str, str]:
 
 
 def _reads_like_chinese(text: str) -> bool:
-    """Whether GBK was right: Western and Big5 bytes often decode as GBK too, but into rare characters."""
+    """Whether GBK was right: Western, Big5 and Korean bytes often decode as GBK too, but into other characters."""
     wide = {c: n for c, n in Counter(text[:_SAMPLE]).items() if c > "\x7f"}
     codes = {c: c.encode("gb18030") for c in wide}
     common = sum(n for c, n in wide.items() if codes[c][0] in _COMMON_LEADS and codes[c][1] >= 0xA1)
-    return common >= _COMMON_SHARE * sum(wide.values())
+    total = sum(wide.values())
+    frequent = sum(n for c, n in wide.items() if c in _FREQUENT)
+    return common >= _COMMON_SHARE * total and (total < _ENOUGH or frequent >= _FREQUENT_SHARE * total)
 
 
 def _damaged(raw: bytes, path: Path) -> UserError | None:
@@ -100,8 +110,8 @@ def _foreign(raw: bytes, path: Path) -> UserError:
 
     start = _first_bad_byte(raw)
     opening = (
-        f"{path} line {raw.count(bytes([10]), 0, start) + 1}: the text is neither UTF-8 nor GBK nor GB18030 "
-        f"(byte 0x{raw[start]:02x}). "
+        f"{path} line {raw.count(bytes([10]), 0, start) + 1}: the text is neither UTF-8 (byte 0x{raw[start]:02x}) "
+        "nor readable as GBK or GB18030. "
     )
     best = from_bytes(raw[max(0, start - _SAMPLE // 2) : start + _SAMPLE // 2]).best()
     if best is None:

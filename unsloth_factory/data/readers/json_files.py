@@ -31,11 +31,12 @@ class _Decoder:
         """(value, end position, problem or None) of the JSON value at `start`."""
         self.problems.clear()
         value, end = self._decoder.raw_decode(text, start)
-        piece = text[start:end].lower()
-        if "\\u0000" in piece:
-            self.problems.append("a NUL character in the text")
-        if "\\ud" in piece and _has_lone_surrogate(value):
-            self.problems.append("half of a surrogate pair in the text")
+        if text.find("\\u", start, end) >= 0:
+            escaped = text[start:end].lower()
+            if "\\u0000" in escaped:
+                self.problems.append("a NUL character in the text")
+            if "\\ud" in escaped and _has_lone_surrogate(value):
+                self.problems.append("half of a surrogate pair in the text")
         return value, end, self.problems[0] if self.problems else None
 
     def _float(self, digits: str) -> float:
