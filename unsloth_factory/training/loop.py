@@ -186,7 +186,8 @@ def _metrics_line(session: Session, result: StepResult, seconds: float) -> dict[
         "tokens_per_second": result.tokens / max(seconds, 1e-9),
         "memory": peak_memory(session.job.loaded.device),
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        **result.metrics,
+        **{name: _finite(value) for name, value in result.metrics.items()},
+        **({"spike": 1} if result.spike else {}),
     }
 
 

@@ -14,7 +14,7 @@ from functools import partial
 import torch
 
 from unsloth_factory.data.batching import Batch
-from unsloth_factory.training import memory
+from unsloth_factory.training import anomalies, memory
 from unsloth_factory.training.batches import step_batches
 from unsloth_factory.training.offload import offloaded
 from unsloth_factory.training.reduce import Sums, reduce_gradients, reduce_number
@@ -36,11 +36,17 @@ class StepResult:
     """L2 norm before clipping; may be NaN or infinite."""
     tokens: int
     trained_tokens: int
+    units: int = 1
+    """What the loss is the mean of: tokens or pairs. 0: there was nothing to train on."""
+    applied: bool = True
+    """The weights were changed."""
+    spike: bool = False
+    """Loss or gradient norm is far above that of the recent steps."""
     overflow: bool = False
     """fp16: the gradient overflowed under a loss scale that can still fall; the scaler skipped the step."""
     metrics: dict[str, float] = field(default_factory=dict)
-    sources: list[str] = field(default_factory=list)
-    """File and row of the samples."""
+    suspects: list[str] = field(default_factory=list)
+    """File and row of the samples that a step which is not sound came from; empty for a sound one."""
 
     @property
     def finite(self) -> bool:
@@ -56,6 +62,9 @@ class Gradients:
     loss: float
     norm: float
     metrics: dict[str, float]
+    units: int
+    totals: list[torch.Tensor]
+    """Loss of each micro-batch, on the device."""
 
 
 def run_step(session: Session, step: int) -> StepResult:
@@ -72,7 +81,7 @@ def run_step(session: Session, step: int) -> StepResult:
         if repeats > REPEATS:
             raise memory.nothing_for_the_update(session, gradients.message)
         gradients = _gradients(session, step)
-    return _update(session, gradients)
+    return _update(session, gradients) if gradients.units else _nothing(session, gradients)
 
 
 def _gradients(session: Session, step: int) -> Gradients | Shortage:
@@ -83,6 +92,8 @@ def _gradients(session: Session, step: int) -> Gradients | Shortage:
     """
     batches = step_batches(session, step)
     count = int(reduce_number(session, sum(session.job.method.count(batch) for batch in batches)))
+    if count == 0:
+        return Gradients(batches, math.nan, 0.0, {}, units=0, totals=[])
     sums = _accumulate(session, step, batches, count)
     while isinstance(sums, Batch):
         memory.relieve(session, sums, f"in step {step + 1}")
@@ -144,7 +155,7 @@ def _measure(session: Session, batches: list[Batch], sums: Sums, count: int) -> 
     norm = torch.nn.utils.clip_grad_norm_(session.parameters, limit)
     loss, metrics = sums.means(count)
     loss_value, norm_value = torch.stack([loss, norm.to(loss.device)]).tolist()
-    return Gradients(batches, loss_value, norm_value, metrics)
+    return Gradients(batches, loss_value, norm_value, metrics, count, sums.totals)
 
 
 def _update(session: Session, gradients: Gradients) -> StepResult:
@@ -152,19 +163,42 @@ def _update(session: Session, gradients: Gradients) -> StepResult:
     scaler, batches = session.accelerator.scaler, gradients.batches
     finite = math.isfinite(gradients.loss) and math.isfinite(gradients.norm)
     overflow = not finite and math.isfinite(gradients.loss) and scaler is not None and scaler.get_scale() > 1.0
-    if finite:
+    spike = finite and anomalies.is_spike(session, gradients.loss, gradients.norm)
+    applied = finite and not (spike and anomalies.is_skipped(session))
+    suspects: list[str] = []
+    if spike:
+        suspects = anomalies.largest(session, batches, gradients.totals)
+    elif not finite:
+        suspects = anomalies.suspects(session, batches, gradients.totals, gradients.loss)
+    if applied:
         apply_update(session)
     elif scaler is not None:
-        scaler.update()  # lowers the loss scale
+        scaler.update()  # lowers the loss scale when something is not finite
     session.optimizer.zero_grad()
     return StepResult(
+        units=gradients.units,
+        applied=applied,
+        spike=spike,
         loss=gradients.loss,
         gradient_norm=gradients.norm,
         tokens=int(reduce_number(session, sum(batch.tokens for batch in batches))),
         trained_tokens=int(reduce_number(session, sum(batch.trained_tokens for batch in batches))),
         overflow=overflow,
         metrics=gradients.metrics,
-        sources=[source for batch in batches for source in batch.sources],
+        suspects=suspects,
+    )
+
+
+def _nothing(session: Session, gradients: Gradients) -> StepResult:
+    """A step without a single trained token: there is nothing to divide by, and nothing is applied."""
+    return StepResult(
+        loss=gradients.loss,
+        gradient_norm=gradients.norm,
+        tokens=int(reduce_number(session, sum(batch.tokens for batch in gradients.batches))),
+        trained_tokens=0,
+        units=0,
+        applied=False,
+        suspects=anomalies.suspects(session, gradients.batches, [], gradients.loss),
     )
 
 
