@@ -123,7 +123,22 @@ def _from_registry(name: str, entries: Mapping[str, Any], folder: Path, limit: i
     path = folder / entry["file_name"]
     if not path.is_file():
         raise UserError(f"{folder / REGISTRY}: {name} names the file {path}, which does not exist.{_near(path)}")
+    _check_link(path, folder, name)
     return _source(path, entry, limit or entry.get("num_samples"))
+
+
+def _check_link(path: Path, folder: Path, name: str) -> None:
+    """A registry comes with its data: a link in it must not read another file of this machine.
+
+    Links of a hub's local copy into its own store (snapshots/REVISION/FILE -> blobs/HASH) are fine.
+    """
+    target, root = path.resolve(), folder.resolve()
+    store = root.parent.parent / "blobs"
+    if not target.is_relative_to(root) and not (root.parent.name == "snapshots" and target.is_relative_to(store)):
+        raise UserError(
+            f"{folder / REGISTRY}: {name} names {path.name}, a link to {target} outside the folder of the registry; "
+            "give that file to --dataset itself."
+        )
 
 
 def _with_neighbour(source: Source) -> Source:

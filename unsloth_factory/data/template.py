@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from unsloth_factory.config.errors import UserError
+from unsloth_factory.data import template_sandbox
 from unsloth_factory.data.control_tokens import ControlTokens
 from unsloth_factory.data.thinking import CLOSE, EMPTY_AT_END, OPEN, OPEN_AT_END, split_thinking
 from unsloth_factory.data.types import Conversation, PreferencePair, TokenPair, TokenSample, Turn
@@ -246,7 +247,9 @@ class ChatTemplate:
                 message["reasoning_content"] = self._control.protect(turn.reasoning)
             messages.append(message)
         try:
-            return self.tokenizer.apply_chat_template(messages, chat_template=self.source, tokenize=False, **switches)
+            return template_sandbox.render(self.tokenizer, self.source, messages, switches)
+        except UserError:
+            raise
         except TemplateSyntaxError as error:
             raise UserError(
                 f"The chat template is broken in line {error.lineno}: {error.message}. "

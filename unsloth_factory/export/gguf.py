@@ -15,6 +15,7 @@ from unsloth_factory.export.converter import find_converter, known_pre_tokenizer
 from unsloth_factory.export.parity import ParityProbe, check_parity
 from unsloth_factory.export.progress import byte_progress, say
 from unsloth_factory.export.result import ExportResult
+from unsloth_factory.export.space import gguf_bytes, stored_weights
 from unsloth_factory.export.sums import publish_with_sum, write_folder_sums
 from unsloth_factory.export.weights import WeightFolder
 from unsloth_factory.inference.child import ChildProcess, memory_limit
@@ -26,9 +27,7 @@ from unsloth_factory.model.paths import check_model_folder
 from unsloth_factory.model.weight_files import read_json, shard_paths, tensor_entries
 from unsloth_factory.run.atomic import exclusive, own_partial, remove_leftovers, require_free_space, write_json
 
-BYTES_PER_WEIGHT = {"f32": 4.0, "f16": 2.0, "bf16": 2.0, "q8_0": 34 / 32}
 FLOAT16_MAX = 65504.0
-VOCABULARY_BYTES = 2**26  # metadata, chat template and a vocabulary of 150 thousand tokens
 CONVERT_TIMEOUT = 4 * 3600.0
 PARITY_NAME = "parity.json"
 
@@ -71,7 +70,8 @@ def convert(model: Path, output: Path, options: GgufOptions) -> ExportResult:
         raise UserError(f"{model} holds quantised weights, which cannot be converted. Merge first: uf merge.")
     refuse_damaged(model)
     temporary = own_partial(output)
-    require_free_space(output.parent, _size(model, options.outtype), f"the {options.outtype} GGUF file")
+    needed = gguf_bytes(stored_weights(model), options.outtype)
+    require_free_space(output.parent, needed, f"the {options.outtype} GGUF file")
     with exclusive(output.parent, "uf gguf"):
         remove_leftovers(output)
         try:
@@ -86,17 +86,6 @@ def convert(model: Path, output: Path, options: GgufOptions) -> ExportResult:
         finally:
             temporary.unlink(missing_ok=True)
     return ExportResult(output, output.stat().st_size, time.monotonic() - started, figures)
-
-
-def _size(model: Path, outtype: str) -> int:
-    """Bytes of the file to come."""
-    elements = 0
-    for _, entry in tensor_entries(model):
-        count = 1
-        for dimension in entry.shape:
-            count *= dimension
-        elements += count
-    return int(elements * BYTES_PER_WEIGHT[outtype]) + VOCABULARY_BYTES
 
 
 def _convert(converter: Path, model: Path, temporary: Path, options: GgufOptions) -> dict[str, Any]:

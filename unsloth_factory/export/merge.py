@@ -27,6 +27,7 @@ from unsloth_factory.export.base_weights import BaseTensors, default_kind
 from unsloth_factory.export.portable import model_card, write_companions
 from unsloth_factory.export.progress import byte_progress, say
 from unsloth_factory.export.result import ExportResult
+from unsloth_factory.export.space import merged_bytes, stored_weights
 from unsloth_factory.export.streamed import StreamedModel, kl_divergence
 from unsloth_factory.export.sums import write_folder_sums
 from unsloth_factory.export.validation import validation_loss
@@ -148,10 +149,7 @@ def _kinds(base: Path, adapter_folder: Path, options: MergeOptions) -> list[str]
 
 
 def _require_space(base: Path, output: Path, copies: int) -> None:
-    with BaseTensors(base, "original", None) as tensors:
-        elements = sum(OutputTensor(name, tensors.shape(name)).elements for name in tensors.names())
-    # 2 % and 64 MiB for tokenizer files, index and an output head that becomes one of its own.
-    require_free_space(output.parent, int(elements * 2 * 1.02 + 2**26) * copies, "the merged model")
+    require_free_space(output.parent, merged_bytes(stored_weights(base)) * copies, "the merged model")
 
 
 @contextmanager

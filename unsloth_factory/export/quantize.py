@@ -15,18 +15,18 @@ from typing import Any
 from unsloth_factory.config.errors import UsageError, UserError
 from unsloth_factory.export.progress import say
 from unsloth_factory.export.result import ExportResult
+from unsloth_factory.export.space import quantized_bytes
 from unsloth_factory.export.sums import publish_with_sum, verify_file
 from unsloth_factory.inference.child import ChildProcess, child_environment, how_it_ended, memory_limit
 from unsloth_factory.inference.gguf_header import TENSOR_TYPES, GgufHeader, read_header
 from unsloth_factory.inference.llama_cpp import INSTALL_HINT
 from unsloth_factory.run.atomic import exclusive, own_partial, remove_leftovers, require_free_space
 
-# llama_ftype numbers of llama.cpp's public header, and the bits per weight they come to (for the free-space check).
+# llama_ftype numbers of llama.cpp's public header.
 FILE_TYPES = {
-    "f32": (0, 32.0), "f16": (1, 16.0), "bf16": (32, 16.0), "q8_0": (7, 8.5), "q6_k": (18, 6.6), "q5_k_m": (17, 5.7),
-    "q5_k_s": (16, 5.6), "q5_1": (9, 6.0), "q5_0": (8, 5.6), "q4_k_m": (15, 4.9), "q4_k_s": (14, 4.7), "q4_1": (3, 5.1),
-    "q4_0": (2, 4.7), "iq4_nl": (25, 4.7), "iq4_xs": (30, 4.4), "q3_k_l": (13, 4.3), "q3_k_m": (12, 4.0),
-    "q3_k_s": (11, 3.7), "iq3_m": (27, 3.8), "iq3_s": (26, 3.6), "q2_k": (10, 3.4),
+    "f32": 0, "f16": 1, "bf16": 32, "q8_0": 7, "q6_k": 18, "q5_k_m": 17, "q5_k_s": 16, "q5_1": 9, "q5_0": 8,
+    "q4_k_m": 15, "q4_k_s": 14, "q4_1": 3, "q4_0": 2, "iq4_nl": 25, "iq4_xs": 30, "q3_k_l": 13, "q3_k_m": 12,
+    "q3_k_s": 11, "iq3_m": 27, "iq3_s": 26, "q2_k": 10,
 }  # fmt: skip
 NEED_IMPORTANCE_MATRIX = ("iq1_m", "iq1_s", "iq2_m", "iq2_s", "iq2_xs", "iq2_xxs", "iq3_xs", "iq3_xxs", "q2_k_s")
 SOURCE_TYPES = {"F32", "F16", "BF16"}
@@ -82,9 +82,7 @@ def quantize(source: Path, folder: Path, types: Sequence[str], *, threads: int |
     header = read_header(source)
     _refuse_quantized(source, header)
     weights = sum(_elements(tensor.shape) for tensor in header.tensors)
-    # One file at a time needs room, but a run that ends half way because of the next one helps nobody.
-    needed = sum(int(weights * FILE_TYPES[name][1] / 8 * 1.05) + 2**24 for name in types)
-    require_free_space(folder, needed, f"quantising to {', '.join(types)}")
+    require_free_space(folder, quantized_bytes(weights, types), f"quantising to {', '.join(types)}")
     verify_file(source)
     with exclusive(folder, "uf quantize"):
         return [_quantize_one(source, header, folder / quantized_name(source, name), name, threads) for name in types]
@@ -173,7 +171,7 @@ def _run_quantizer(source: Path, temporary: Path, name: str, threads: int) -> No
     with ChildProcess("unsloth_factory.export.quantize_child", f"quantising to {name}", memory=memory) as child:
         request = {"op": "quantize", "source": str(source.resolve()), "target": str(temporary.resolve())}
         try:
-            child.call(request | {"ftype": FILE_TYPES[name][0], "threads": threads}, timeout=TIMEOUT)
+            child.call(request | {"ftype": FILE_TYPES[name], "threads": threads}, timeout=TIMEOUT)
         except UserError as error:
             raise _explained(error, name, child.log_tail(40)) from None
 
