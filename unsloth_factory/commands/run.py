@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from unsloth_factory import __version__
+from unsloth_factory.commands.plan_space import require_plan_space
 from unsloth_factory.commands.summary import write_summary
 from unsloth_factory.config.commands import RunPlanConfig
 from unsloth_factory.config.errors import UsageError
@@ -76,6 +77,7 @@ def run_plan(path: Path, output_dir: str | None, *, force: bool = False) -> int:
     started = time.monotonic()
     root, stages = read_plan(path, output_dir)
     console = Console()
+    require_plan_space(root, stages)
     root.mkdir(parents=True, exist_ok=True)
     cache = StageCache(root / "stages.json")
     keys: dict[str, str] = {}
