@@ -65,9 +65,11 @@ def kept(session: Session) -> int | None:
 def reconsider(session: Session) -> None:
     """After a checkpoint was restored: other settings, or a best checkpoint that is no longer there."""
     state, watch = session.state, session.job.watch
-    if state.end is not None and state.end.startswith(PATIENCE) and not _patience_spent(session):
-        session.progress.say(f"The run had ended ({state.end}); --early_stopping_patience changed, so it goes on")
-        state.end = None
+    if state.end is not None and state.end.startswith(PATIENCE):
+        spent = _patience_spent(session)
+        way_on = "a larger --early_stopping_patience lets it go on" if spent else "with the new patience it goes on"
+        session.progress.say(f"The run had ended ({state.end}); {way_on}")
+        state.end = state.end if spent else None
     if state.best_step is None:
         return
     if state.best_metric != watch.metric_for_best:

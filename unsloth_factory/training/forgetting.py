@@ -113,9 +113,11 @@ def reconsider(session: Session) -> None:
         UserError: Replay had begun, with other rows.
     """
     state, watch = session.state, session.job.watch
-    if state.end is not None and state.end.startswith(REASON) and not (watch.forgetting == "stop" and state.forgetting):
-        session.progress.say(f"The run had ended ({state.end}); --forgetting changed, so it goes on")
-        state.end = None
+    if state.end is not None and state.end.startswith(REASON):
+        still = watch.forgetting == "stop" and _past_limit(session)
+        way_on = "--forgetting warn lets it go on" if still else "with the new --forgetting it goes on"
+        session.progress.say(f"The run had ended ({state.end}); {way_on}")
+        state.end, state.forgetting = (state.end, True) if still else (None, False)
     if state.replay_from is None:
         return
     if watch.forgetting != "replay":

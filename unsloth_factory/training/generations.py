@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from statistics import fmean, stdev
 from typing import Any
 
-import torch
 from accelerate.utils import gather_object
 
 from unsloth_factory.config.settings import FEWEST_SCORED
 from unsloth_factory.scoring import wilson_interval
 from unsloth_factory.training.session import Session
+from unsloth_factory.training.shortage import Shortage, attempt
 
 TOGETHER = 8
 """Answers that are generated at a time."""
@@ -37,26 +38,28 @@ def ask(session: Session, leave: Callable[[], bool]) -> list[dict[str, Any]] | N
         if leave():
             return None
         part = mine[start : start + TOGETHER]
-        records += zip(part, _survive(session, part), strict=False)
+        records += _survive(session, part)
     if processes > 1:
         records = gather_object(records)
     return [record for _, record in sorted(records, key=lambda pair: pair[0])]
 
 
-def _survive(session: Session, numbers: list[int]) -> list[dict[str, Any]]:
-    """Answers to some questions; to none of them when even one by one is too much for the GPU's memory."""
+def _survive(session: Session, numbers: list[int]) -> list[tuple[int, dict[str, Any]]]:
+    """(number, answer) of some questions, one by one when the memory runs out; what does not fit alone is left out."""
     answerer = session.job.answerer
     assert answerer is not None
-    for size in (len(numbers), 1):
-        try:
-            return [record for i in range(0, len(numbers), size) for record in answerer.ask(numbers[i : i + size])]
-        except torch.OutOfMemoryError:
-            pass
-        # outside of the except block, where the exception still holds the frames' tensors
-        if session.job.loaded.device.type == "cuda":
-            torch.cuda.empty_cache()
-    session.progress.say("Warning: out of GPU memory while answering held-out questions; left out this time")
-    return []
+    whole = attempt(partial(answerer.ask, numbers), session.meter.release)
+    if not isinstance(whole, Shortage):
+        return list(zip(numbers, whole, strict=True))
+    singly = [attempt(partial(answerer.ask, [number]), session.meter.release) for number in numbers]
+    pairs = zip(numbers, singly, strict=True)
+    made = [(number, records[0]) for number, records in pairs if not isinstance(records, Shortage)]
+    if len(made) < len(numbers):
+        session.progress.say(
+            f"Warning: out of {session.meter.name} while answering held-out questions ({whole.message}); "
+            f"{len(numbers) - len(made)} are left out this time"
+        )
+    return made
 
 
 def keep(session: Session, records: Sequence[dict[str, Any]]) -> None:
@@ -92,8 +95,8 @@ def show(session: Session, records: Sequence[dict[str, Any]]) -> None:
     for record in records[:SHOWN]:
         cut = "" if record["stopped"] else " (cut off)"
         session.progress.say(
-            f"  Q  {_clipped(record['prompt'])}\n  A  {_clipped(record['answer'])}{cut}\n"
-            f"  =  {_clipped(record['reference'])}"
+            f"  question   {_clipped(record['prompt'])}\n  answer     {_clipped(record['answer'])}{cut}\n"
+            f"  reference  {_clipped(record['reference'])}"
         )
 
 

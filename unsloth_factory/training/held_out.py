@@ -80,9 +80,13 @@ def _summary(session: Session, figures: dict[str, float]) -> str:
     shown = [
         _shown(session, name, figures)
         for name in figures
-        if not name.endswith(("_low", "_high")) and name != "general_loss_start"
+        if not name.endswith(("_low", "_high")) and not _goes_without_saying(name, figures[name])
     ]
     return "  ".join(shown) + (f"  ({best.described(session)})" if session.job.eval_items else "")
+
+
+def _goes_without_saying(name: str, value: float) -> bool:
+    return name == "general_loss_start" or (name == "eval_stopped_by_itself" and value == 1.0)
 
 
 def _shown(session: Session, name: str, figures: dict[str, float]) -> str:

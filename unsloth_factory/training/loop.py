@@ -80,8 +80,9 @@ def _start_afresh(session: Session) -> None:
 
 def _check_continuation(session: Session, checkpoint: Checkpoint) -> None:
     resume.check_same(checkpoint.state["fingerprint"], session.fingerprint, str(checkpoint.path))
-    old, new = checkpoint.state["harmless"], resume.harmless_settings(session.job.loop, session.job.run)
-    for line in resume.accepted_changes(old, new):
+    job = session.job
+    new = resume.harmless_settings(job.loop, job.run, job.watch, job.guard)
+    for line in resume.accepted_changes(checkpoint.state["harmless"], new):
         session.progress.say(line)
 
 
@@ -227,7 +228,7 @@ def save(session: Session) -> None:
         "metrics_bytes": session.metrics.flush(),
         "generations_bytes": session.generations.flush(),
         "fingerprint": session.fingerprint,
-        "harmless": resume.harmless_settings(job.loop, job.run),
+        "harmless": resume.harmless_settings(job.loop, job.run, job.watch, job.guard),
     }
     job.store.save(
         session.state.step,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from unsloth_factory.config.errors import UserError
-from unsloth_factory.config.settings import LoopSettings, RunSettings, TuningSettings
+from unsloth_factory.config.settings import GuardSettings, LoopSettings, RunSettings, TuningSettings, WatchSettings
 from unsloth_factory.data.types import TokenPair, TokenSample
 from unsloth_factory.model.loaded import LoadedModel
 
@@ -26,6 +26,20 @@ HARMLESS = {
     "logging_steps": "printing only",
     "eval_steps": "evaluation only",
     "report_to": "reporting only",
+    "metric_for_best": "from here on",
+    "early_stopping_patience": "from here on",
+    "early_stopping_min_delta": "from here on",
+    "load_best": "choice of the final weights only",
+    "no_keep_best": "saving only",
+    "sample_generations": "evaluation only",
+    "sample_max_new_tokens": "evaluation only",
+    "forgetting": "from here on",
+    "forgetting_limit": "from here on",
+    "general_dataset": "evaluation only, until replay begins",
+    "replay_samples": "from here on",
+    "max_bad_steps": "from here on",
+    "on_bad_steps": "from here on",
+    "loss_spike": "from here on",
 }
 """Settings that may change between the parts of one run, and what that means."""
 WHAT = {
@@ -64,9 +78,9 @@ def fingerprint(
     return required | method_settings
 
 
-def harmless_settings(loop: LoopSettings, run: RunSettings) -> dict[str, Any]:
+def harmless_settings(*groups: LoopSettings | RunSettings | WatchSettings | GuardSettings) -> dict[str, Any]:
     """The settings of `HARMLESS`, to say which of them changed."""
-    return {key: getattr(loop, key) if hasattr(loop, key) else getattr(run, key) for key in HARMLESS}
+    return {key: getattr(group, key) for group in groups for key in HARMLESS if hasattr(group, key)}
 
 
 def data_hash(items: Sequence[TokenSample | TokenPair]) -> str:
