@@ -58,7 +58,7 @@ def decode(raw: bytes, path: Path, encoding: str = "auto") -> tuple[str, str]:
         except UnicodeDecodeError:
             continue
         if name == "utf-8" or _reads_like_chinese(text):
-            return text, name
+            return text.removeprefix("\ufeff"), name
     raise _damaged(raw, path) or _foreign(raw, path)
 
 
