@@ -149,7 +149,7 @@ def walk(session: Session, stop: StopSignals) -> None:
             pace.after_save(session)
         if pace.rehearses_plot(session):
             _plot(session)
-            pace.announce(session)
+            pace.after_plot(session)
         if stopped and (state.pending is not None or not session.over):
             raise Stopped(
                 f"Stopped at step {state.step} of {session.total_steps}; everything is saved. "

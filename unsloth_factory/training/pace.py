@@ -92,7 +92,7 @@ def after_save(session: Session) -> None:
 def rehearses_plot(session: Session) -> bool:
     """The loss plot is to be drawn once now, to know what it takes."""
     box = session.time_box
-    return box.limited and box.measured and not box.costs["plot"].values and not session.over
+    return box.limited and not session.over and box.to_try("plot") and box.step_fits(["plot"])
 
 
 def permits_plot(session: Session) -> bool:
@@ -103,10 +103,12 @@ def permits_plot(session: Session) -> bool:
     return False
 
 
-def announce(session: Session) -> None:
-    """Say how many steps will fit, once everything was measured."""
+def after_plot(session: Session) -> None:
+    """Once everything was tried, say how many steps will fit."""
     box, state = session.time_box, session.state
     box.lap("plot")
+    if not box.rehearsed:
+        return
     steps_left = session.total_steps - state.step
     fitting = box.steps_that_fit(steps_left, session.evaluation_steps, session.job.run.save_steps)
     each = f"{box.costs['step'].mean:.2g} s each, {box.reserve():.2g} s kept for the end"
@@ -127,10 +129,9 @@ def _permits(session: Session, kind: str, *, due: bool) -> bool:
     box = session.time_box
     if not box.limited or session.over:
         return due
-    untried = box.measured and not box.costs[kind].values
     # After an evaluation that was the best one a checkpoint follows.
     fits = box.step_fits(["evaluation", "save"] if kind == "evaluation" else ["save"])
-    return _first_decides(session, 0, (due or untried) and fits)[1]
+    return _first_decides(session, 0, (due or box.to_try(kind)) and fits)[1]
 
 
 def _look_within(session: Session, stop: StopRequest) -> dict[str, float] | None:
@@ -144,11 +145,12 @@ def _look_within(session: Session, stop: StopRequest) -> dict[str, float] | None
     figures = held_out.look(session, until)
     if figures is not None or not until.given_up:
         return figures
-    box.evaluates = False
-    session.progress.say(
-        f"Time box: the evaluation was given up after {duration(limit)}"
-        + ("" if final else f" ({MOST_EVALUATION:.0%} of the time left), and there will be none; hold out less")
-    )
+    box.lap(None)
+    text = f"Time box: the evaluation was given up after {duration(limit)}"
+    if not box.costs["evaluation"].values and not final:
+        box.evaluates = False
+        text += f" ({MOST_EVALUATION:.0%} of the time left), and there will be none; hold out less"
+    session.progress.say(text)
     return {}
 
 

@@ -19,7 +19,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable, Collection
-from statistics import fmean, pstdev
+from statistics import fmean
 
 import psutil
 
@@ -29,8 +29,10 @@ REHEARSAL_STEP = 3
 """Step after which evaluation, save and plot are tried once."""
 REHEARSAL_SHARE = 0.05
 """... or earlier, when the steps have taken this share of the time."""
+MOST_SECOND_TRY = 0.03
+"""Share of the budget that one of them may take to be tried again at half-time: speed and answers change."""
 MOST_EVALUATION = 0.15
-"""Share of the time left that an evaluation before the last step may take until it is given up."""
+"""Share of the time left that the first evaluation may take until it is given up."""
 SAVES_AT_END = 2
 """What is written after the last step: a checkpoint and the final weights, which hold no more than it."""
 
@@ -62,8 +64,9 @@ class Cost:
         """What the next one may take: hardly ever more."""
         count = len(self.values)
         if count < 8:
-            return max(self.values) * (1 + 0.5 / count) if count else 0.0
-        return self.mean + 3 * pstdev(self.values)
+            return max(self.values) * (1 + max(0.15, 0.5 / count)) if count else 0.0
+        mean = self.mean
+        return mean + 3 * math.sqrt(fmean((value - mean) ** 2 for value in self.values))
 
 
 class TimeBox:
@@ -89,10 +92,9 @@ class TimeBox:
         self.costs = {kind: Cost() for kind in ("step", "evaluation", "save", "plot")}
         self.evaluates = True
         """Evaluations are done; False once one took too long."""
-        self.rehearsed = False
-        """Everything that comes after the last step was tried once."""
+        self._counts = dict.fromkeys(self.costs, 0)
+        self._unpaced = 0
         self._closing = closing
-        self._steps = self._unpaced = 0
         self._mark = self._opened = clock()
 
     @property
@@ -116,22 +118,39 @@ class TimeBox:
         # Leaving the process took 0.2 to 0.3 s where entering took 10 to 15; a slow machine is slow at both.
         self._closing += 0.2 + 0.03 * self.used + min(15.0, 0.2 + 0.005 * self.seconds)
 
-    def lap(self, kind: str) -> None:
-        """The time since the last lap went into one piece of such work."""
-        now = self.clock()
-        if kind == "step":
-            self._steps += 1
-            self._unpaced += 1
-            if self._steps == 2:
-                self.costs[kind].values.clear()  # the first step is slow: memory is taken, code is loaded
-        self.costs[kind].values.append(now - self._mark)
+    def lap(self, kind: str | None) -> None:
+        """The time since the last lap went into one piece of such work; None: into something else."""
+        now, before = self.clock(), self._mark
         self._mark = now
+        if kind is None:
+            return
+        self._counts[kind] += 1
+        self._unpaced += kind == "step"
+        if self._counts[kind] == 2 and kind in ("step", "plot"):
+            self.costs[kind].values.clear()  # the first is slow: memory is taken, code is loaded
+        self.costs[kind].values.append(now - before)
+
+    def to_try(self, kind: str) -> bool:
+        """This has to be done to know what it takes: early, and again at half-time unless it takes long.
+
+        The plot is drawn twice early, because the first loads its library.
+        """
+        early, count = 2 if kind == "plot" else 1, self._counts[kind]
+        if count == early and self.used >= 0.5 * (self._opened - self.started + self.seconds):
+            return self.costs[kind].high <= MOST_SECOND_TRY * self.seconds
+        return count < early and self.measured
+
+    @property
+    def rehearsed(self) -> bool:
+        """Everything that comes after the last step was tried."""
+        return self._counts["plot"] == 2
 
     @property
     def measured(self) -> bool:
         """There were steps enough to plan by."""
         spent = self.clock() - self._opened
-        return self._steps >= REHEARSAL_STEP or (self._steps > 0 and spent >= REHEARSAL_SHARE * (self.left + spent))
+        steps = self._counts["step"]
+        return steps >= REHEARSAL_STEP or (steps > 0 and spent >= REHEARSAL_SHARE * (self.left + spent))
 
     def reserve(self, *, evaluation: bool = True) -> float:
         """Time to keep for what comes after the last step, s."""
@@ -169,9 +188,11 @@ class TimeBox:
         return 1.0 - rest, rest / max(1, fitting)
 
     def evaluation_limit(self, *, final: bool) -> float:
-        """Time that the evaluation at hand may take, s."""
+        """Time that the evaluation at hand may take, s. The last one matters more than the plot."""
         room = self.left - self.reserve(evaluation=False)
-        return room if final else min(room, MOST_EVALUATION * self.left)
+        if final:
+            return room + self.costs["plot"].high
+        return room if self._counts["evaluation"] else min(room, MOST_EVALUATION * self.left)
 
     @property
     def plot_fits(self) -> bool:
