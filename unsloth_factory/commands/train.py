@@ -78,7 +78,7 @@ def _train(config: SftConfig, command: str, method: Method, started: float) -> T
             f"uf {command} needs {' and '.join(missing)}. Example: uf {command} --model tiny --dataset d.csv"
         )
     check_watch(config, command)
-    console = Console()
+    console = Console(force_jupyter=False)  # in a notebook one stream of text, not an HTML output for every line
     folder = RunFolder(Path(config.run.output_dir or f"output/{command}-{datetime.now():%Y%m%d-%H%M%S}"))
     pack = _domain_pack(config.data.domain)
     with claim(folder, config.run, lambda line: console.print(line, highlight=False, markup=False)) as store:
@@ -256,8 +256,12 @@ def _print_report(console: Console, report: DataReport, folder: RunFolder) -> No
 
 
 def _resume_command(command: str, folder: RunFolder) -> str:
-    """The command line that continues this run."""
-    words = [word for word in sys.argv[1:] if word != "--overwrite"] or [command]
+    """The command line that continues this run; for a caller of `sft()` or `dpo()`, what to change in the call."""
+    if sys.argv[1:2] == ["run"]:
+        return "uf " + shlex.join(sys.argv[1:])
+    if sys.argv[1:2] != [command]:
+        return f"the same call with resume='auto', output_dir={str(folder.path)!r}"
+    words = [word for word in sys.argv[1:] if word != "--overwrite"]
     if "--resume" not in words:
         words += ["--resume", "auto"]
     if not any(word.startswith(("--output_dir", "--output-dir")) for word in words):
