@@ -23,6 +23,7 @@ from unsloth_factory.knowledge.pack import (
     Term,
 )
 
+MAX_BYTES = 1 << 22
 PACKS = Path(__file__).parent / "packs"
 SECTIONS = ("name", "title", "language", "system_prompt", "terms", "relations", "associations", "rules")
 OPTIONAL_SECTIONS = ("protected_words",)
@@ -41,6 +42,8 @@ def load_pack(name_or_path: str | Path) -> DomainPack:
         PackError: There is no such pack, or its file is wrong; the message names file, section, entry and field.
     """
     path = _find(str(name_or_path))
+    if path.is_file() and path.stat().st_size > MAX_BYTES:
+        raise PackError(f"{path}: {path.stat().st_size} bytes; a pack has at most {MAX_BYTES}.")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
