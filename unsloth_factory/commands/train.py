@@ -78,7 +78,7 @@ def _train(config: SftConfig, command: str, method: Method, started: float) -> T
             f"uf {command} needs {' and '.join(missing)}. Example: uf {command} --model tiny --dataset d.csv"
         )
     check_watch(config, command)
-    console = Console(force_jupyter=False)  # in a notebook one stream of text, not an HTML output for every line
+    console = _console()
     folder = RunFolder(Path(config.run.output_dir or f"output/{command}-{datetime.now():%Y%m%d-%H%M%S}"))
     pack = _domain_pack(config.data.domain)
     with claim(folder, config.run, lambda line: console.print(line, highlight=False, markup=False)) as store:
@@ -132,6 +132,12 @@ def _train(config: SftConfig, command: str, method: Method, started: float) -> T
         soft_wrap=True,
     )
     return result
+
+
+def _console() -> Console:
+    """In a notebook one stream of plain text: rich would make an HTML output of every line."""
+    console = Console()
+    return Console(force_jupyter=False, force_terminal=False) if console.is_jupyter else console
 
 
 def _required(config: SftConfig) -> dict[str, str | None]:
