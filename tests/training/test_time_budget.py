@@ -113,7 +113,8 @@ def play(monkeypatch: pytest.MonkeyPatch):
 
         for module, name, value in (
             (loop, "run_step", run_step), (guards, "record", record), (guards, "lost", lambda _: False),
-            (guards, "sound", lambda _: True), (memory, "watch", lambda _: None), (best, "kept", lambda _: None), (held_out, "look", look),
+            (guards, "sound", lambda _: True), (memory, "watch", lambda _: None), (best, "kept", lambda _: None),
+            (held_out, "look", look),
             (held_out, "watches", lambda _: world.evaluation > 0), (held_out, "before", lambda *_: True),
             (loop, "save", save), (loop, "_plot", plot), (loop, "_log", lambda *_: None),
             (loop, "_metrics_line", lambda *_: {}),

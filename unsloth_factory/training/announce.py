@@ -50,6 +50,17 @@ def plan_lines(session: Session) -> list[str]:
         f"Optimizer   {loop.optimizer}, peak rate {session.peak_rate:g}, {loop.lr_scheduler_type}, "
         f"warm-up {100 * loop.warmup_ratio:g} %, seed {loop.seed}",
         *_watched(session),
+        *_time_lines(session),
+    ]
+
+
+def _time_lines(session: Session) -> list[str]:
+    box = session.time_box
+    if not box.limited:
+        return []
+    return [
+        f"Time box    {duration(box.seconds)}, {duration(box.used)} of it used so far; how many of the steps fit is "
+        "said once the first were measured"
     ]
 
 

@@ -28,7 +28,7 @@ def apply(session: Session) -> None:
     state.extended_epochs, state.schedule_start = asked, state.step
     state.progress = state.end = None
     state.stale_evaluations = 0
+    epochs = "1 epoch" if asked == 1 else f"{asked:g} epochs"
     session.progress.say(
-        f"Extended by {asked:g} epochs: steps {state.step + 1:,} to {session.total_steps:,}, with a warm-up and decay "
-        "of their own"
+        f"Extended by {epochs}: steps {state.step + 1:,} to {session.total_steps:,}, with a warm-up and decay of their own"
     )

@@ -79,7 +79,7 @@ def _start_afresh(session: Session) -> None:
 
 
 def _check_continuation(session: Session, checkpoint: Checkpoint) -> None:
-    resume.check_same(checkpoint.state["fingerprint"], session.fingerprint, str(checkpoint.path))
+    resume.check_same(checkpoint.state["fingerprint"], session.fingerprint, checkpoint.path)
     job = session.job
     new = resume.harmless_settings(job.loop, job.run, job.watch, job.guard)
     for line in resume.accepted_changes(checkpoint.state["harmless"], new):
