@@ -30,5 +30,6 @@ def apply(session: Session) -> None:
     state.stale_evaluations = 0
     epochs = "1 epoch" if asked == 1 else f"{asked:g} epochs"
     session.progress.say(
-        f"Extended by {epochs}: steps {state.step + 1:,} to {session.total_steps:,}, with a warm-up and decay of their own"
+        f"Extended by {epochs}: steps {state.step + 1:,} to {session.total_steps:,}, with a warm-up and decay of "
+        "their own"
     )
