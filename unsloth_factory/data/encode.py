@@ -21,6 +21,8 @@ CHUNK = 256
 GAP = " … "
 # A question cut to less than this many characters says nothing: the row is dropped instead.
 MIN_QUESTION = 8
+# No text has more on average (English 4 to 5): what is longer than so many times the limit is cut before it is encoded.
+CHARACTERS_PER_TOKEN = 16
 _Item = TypeVar("_Item")
 _Row = TypeVar("_Row", bound=TokenSample | TokenPair)
 
@@ -197,11 +199,11 @@ def _shorten(
         turn = replace(kept[longest], content=_without_middle(content, characters))
         return encode((*kept[:longest], turn, *kept[longest + 1 :]))
 
-    return _largest_fit(cut, len(content) - 1, limit), starts[-1]
+    return _largest_fit(cut, min(len(content) - 1, CHARACTERS_PER_TOKEN * limit), limit), starts[-1]
 
 
 def _largest_fit(cut: Callable[[int], _Row], most: int, limit: int) -> _Row | None:
-    """Bisect the number of characters kept, to within 1/64 of the text."""
+    """Bisect the number of characters kept, to within 1/64 of `most`."""
     best = None
     low, high = min(MIN_QUESTION, most), most
     step = max(1, most // 64)
