@@ -227,6 +227,8 @@ def _reason(error: Exception) -> str:
         return str(error)
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}{f': {error.filename}' if error.filename else ''}"
+    if isinstance(error, OSError) and "requested and" in str(error):  # numpy: "131072 requested and 8976 written"
+        return f"the file cannot be written, the disk is full or broken ({error})"
     if isinstance(error, MemoryError):
         return "the memory ran out"
     return f"{type(error).__name__}: {error}"
