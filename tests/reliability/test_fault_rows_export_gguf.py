@@ -110,9 +110,6 @@ def test_fault_38_damage_that_every_loader_accepts(exported, tmp_path, damage):
 DAMAGED = {
     "final_adapter/adapter_model.safetensors": (flipped, ("merge", "--output", "m")),
     "final_adapter/adapter_config.json": (lambda data: data.replace(b'alpha": 32', b'alpha": 92'), ("chat",)),
-        lambda data: data.replace(b'"lora_alpha": 32', b'"lora_alpha": 92'),
-        ("chat",),
-    ),
     "merged_model/model.safetensors": (flipped, ("gguf", "--output", "x.gguf")),
     "merged_model/tokenizer.json": (flipped, ("gguf", "--output", "x.gguf")),
 }

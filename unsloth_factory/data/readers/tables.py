@@ -12,6 +12,8 @@ from typing import Any
 from unsloth_factory.config.errors import UserError
 from unsloth_factory.data.readers.table import Row
 
+MAX_UNPACKED, MAX_PARTS = 2**30, 10_000  # of an xlsx file; a sheet of a million long rows has half of that
+
 
 def read_csv(text: str, path: Path, delimiter: str | None = None) -> Iterator[Row]:
     """Rows of delimited text; row numbers are the lines on which they begin.
@@ -104,6 +106,7 @@ def read_xlsx(path: Path) -> Iterator[Row]:
 
     damaged = (zipfile.BadZipFile, zlib.error, ParseError, openpyxl.utils.exceptions.InvalidFileException)
     try:
+        _refuse_bomb(path)
         book = openpyxl.load_workbook(path, read_only=True, data_only=True)
         try:
             yield from _sheet_rows(book, path)
@@ -114,6 +117,20 @@ def read_xlsx(path: Path) -> Iterator[Row]:
     except (*damaged, KeyError, OSError, ValueError, TypeError, AttributeError, IndexError, EOFError) as error:
         # openpyxl lets whatever a malformed part of the archive runs into through.
         raise UserError(f"{path}: not a readable xlsx workbook ({error}). Save it again as .xlsx or .csv.") from None
+
+
+def _refuse_bomb(path: Path) -> None:
+    """A workbook is a zip archive, and its texts are read whole: a small file must not become many gigabytes."""
+    import zipfile
+
+    with zipfile.ZipFile(path) as archive:
+        parts = archive.infolist()
+    unpacked = sum(part.file_size for part in parts)  # zipfile stops reading a part there, whatever comes after
+    if unpacked > MAX_UNPACKED or len(parts) > MAX_PARTS:
+        raise UserError(
+            f"{path}: {len(parts):,} parts of {unpacked / 2**20:,.0f} MiB together when unpacked; at most "
+            f"{MAX_PARTS:,} and {MAX_UNPACKED / 2**20:,.0f} MiB are read. Save the table as .csv."
+        )
 
 
 def _sheet_rows(book: Any, path: Path) -> Iterator[Row]:
