@@ -27,9 +27,9 @@ def timed_training(folder: Path, budget: int, seed: int) -> dict[str, Any]:
     data = folder / "rows.jsonl"
     data.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     words = [
-        "sft", "--model", "tiny", "--dataset", str(data), "--output_dir", str(folder / "run"), "--max_seq_length", "128",
-        "--time_budget", f"{budget}s", "--epochs", "10000", "--val_split", "8", "--eval_steps", "100", "--save_steps",
-        "50", "--learning_rate", "1e-3", "--accumulation_steps", "1",
+        "sft", "--model", "tiny", "--dataset", str(data), "--output_dir", str(folder / "run"), "--time_budget",
+        f"{budget}s", "--epochs", "10000", "--max_seq_length", "128", "--val_split", "8", "--eval_steps", "100",
+        "--save_steps", "50", "--learning_rate", "1e-3", "--accumulation_steps", "1",
     ]  # fmt: skip
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     with open(folder / "log.txt", "w", encoding="utf-8") as log:
