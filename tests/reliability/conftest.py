@@ -44,6 +44,8 @@ class Exported:
     home: Path
     base: Path
     outcomes: dict[str, Outcome] = field(default_factory=dict)
+    canary: str = CANARY
+    secrets: tuple[str, ...] = SECRETS
 
     @property
     def run(self) -> Path:
