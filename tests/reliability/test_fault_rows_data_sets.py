@@ -190,7 +190,7 @@ def test_fault_29_leakage_of_the_own_split(tmp_path):
     stock = "以上是对这个问题的建议，希望对您有帮助，祝您身体健康，万事如意，再见！"
     rows = []
     for i in range(40):
-        text = "".join(random.Random(i).choices([chr(0x4E00 + k) for k in range(2500)], k=60))
+        text = "".join(random.Random(i).choices([chr(0x4E00 + k) for k in range(2500)], k=14))
         rows += [row(f"问题{i}？", text + stock), row(f"问题{i} ？", text.replace("一", " 一") + stock)]
     data = write(tmp_path / "d.jsonl", rows)
     train, held, report = prepare(data, val_split=0.2)
