@@ -25,6 +25,11 @@ from command_line import NOBODY, Outcome, uf  # noqa: E402
 RUN_NAME = "; touch pwned $(touch pwned) `touch pwned` & 'q' 模型"
 CANARY = "canary0f2b71d4c9e8"
 SECRETS = ("HF_TOKEN", "WANDB_API_KEY", "MODELSCOPE_API_TOKEN", "AWS_SECRET_ACCESS_KEY", "MY_PASSWORD")
+JOB = (
+    "--max_steps", 2, "--batch_size", 2, "--accumulation_steps", 1, "--max_seq_length", 128, "--lora_r", 4,
+    "--val_split", 2, "--sample_generations", 0, "--forgetting", "off", "--eval_steps", 2, "--save_steps", 1,
+    "--learning_rate", "4e-3",
+)  # fmt: skip
 
 
 class Bomb:
@@ -46,6 +51,7 @@ class Exported:
     outcomes: dict[str, Outcome] = field(default_factory=dict)
     canary: str = CANARY
     secrets: tuple[str, ...] = SECRETS
+    job: tuple[object, ...] = JOB
 
     @property
     def run(self) -> Path:
@@ -108,10 +114,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRe
         for name in SECRETS:
             patch.setenv(name, CANARY)
         mask = os.umask(0o022)
-        job = ("--max_steps", 2, "--batch_size", 2, "--accumulation_steps", 1, "--max_seq_length", 128, "--lora_r", 4)
-        folders = ("--model", made.base, "--dataset", data, "--output_dir", made.run, "--val_split", 2)
-        quiet = ("--sample_generations", 0, "--forgetting", "off", "--eval_steps", 2)
-        made.command("sft", "sft", *folders, *job, *quiet, "--save_steps", 1, "--learning_rate", "4e-3")
+        made.command("sft", "sft", "--model", made.base, "--dataset", data, "--output_dir", made.run, *JOB)
         made.command("merge", "merge", "--run", made.run)
         made.command("gguf", "gguf", "--run", made.run)
         made.command("quantize", "quantize", "--run", made.run, "--types", "q8_0")
