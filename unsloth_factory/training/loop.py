@@ -51,6 +51,7 @@ def begin(session: Session) -> None:
         _start_afresh(session)
     else:
         _check_continuation(session, checkpoint)
+        _say_what_was_lost(session, checkpoint)
         restore(session, checkpoint)
         best.reconsider(session)
         forgetting.reconsider(session)
@@ -86,6 +87,20 @@ def _check_continuation(session: Session, checkpoint: Checkpoint) -> None:
         session.progress.say(line)
 
 
+def _say_what_was_lost(session: Session, checkpoint: Checkpoint) -> None:
+    """A process that is killed says nothing itself: the steps after its last checkpoint do."""
+    lost = session.metrics.lines_after(checkpoint.state["metrics_bytes"]) if _is_here(session.job, checkpoint) else 0
+    if lost and session.job.run.resume == "auto":
+        session.progress.say(
+            f"The run ended without saving, {lost} step{'s' if lost > 1 else ''} after {checkpoint.path.name} (an "
+            "error, no power, or killed with signal 9, as the kernel does when memory runs out): they are done again"
+        )
+
+
+def _is_here(job: TrainingJob, checkpoint: Checkpoint) -> bool:
+    return checkpoint.path.resolve().parent == job.folder.path.resolve()
+
+
 def restore(session: Session, checkpoint: Checkpoint) -> None:
     """Set weights, optimizer, counters and metrics.jsonl to what they were when the checkpoint was taken."""
     job = session.job
@@ -98,7 +113,7 @@ def restore(session: Session, checkpoint: Checkpoint) -> None:
     session.state.levers.apply(job.loaded)
     extension.apply(session)
     if session.accelerator.is_main_process:
-        here = checkpoint.path.resolve().parent == job.folder.path.resolve()
+        here = _is_here(job, checkpoint)
         session.metrics.start(checkpoint.state["metrics_bytes"] if here else 0, session.progress.say)
         session.generations.start(checkpoint.state.get("generations_bytes", 0) if here else 0, session.progress.say)
 

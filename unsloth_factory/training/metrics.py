@@ -29,6 +29,14 @@ class MetricsLog:
                 offset = _last_line_end(self.path)
             file.truncate(offset)
 
+    def lines_after(self, offset: int) -> int:
+        """Lines beyond `offset` bytes."""
+        if not self.path.exists():
+            return 0
+        with open(self.path, "rb") as file:
+            file.seek(offset)
+            return file.read().count(b"\n")
+
     def append(self, *lines: dict[str, Any]) -> None:
         """Add lines, all of them with one write."""
         text = "".join(_json_line(line) for line in lines)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -52,8 +53,18 @@ def attempt(work: Callable[[], T], release: Callable[[], None]) -> T | Shortage:
             raise
         shortage = Shortage(str(error).partition("\n")[0])
     # Only here, outside the handler, is the traceback gone, and with it the frames that hold the tensors.
+    _empty_backward_queue()
     release()
     return shortage
+
+
+def _empty_backward_queue() -> None:
+    """Let autograd drop the graph of a backward pass that failed.
+
+    The queue of this thread keeps what was still to be done, and with it all activations, until the next backward pass.
+    """
+    with contextlib.suppress(RuntimeError), torch.enable_grad():
+        torch.zeros(1, requires_grad=True).mul(1).backward()
 
 
 def insist(work: Callable[[], T], release: Callable[[], None], times: int = 3) -> T:

@@ -19,7 +19,7 @@ from unsloth_factory.training.batches import step_batches
 from unsloth_factory.training.offload import offloaded
 from unsloth_factory.training.reduce import Sums, reduce_gradients, reduce_number
 from unsloth_factory.training.session import Session
-from unsloth_factory.training.shortage import Shortage, attempt
+from unsloth_factory.training.shortage import Shortage, attempt, insist
 from unsloth_factory.training.update import apply_update
 
 REPEATS = 2
@@ -59,11 +59,14 @@ class Gradients:
     """One step's gradients lie in the parameters, clipped; this is what else is known of them."""
 
     batches: list[Batch]
+    """This process's micro-batches."""
     loss: float
     norm: float
     metrics: dict[str, float]
     units: int
-    totals: list[torch.Tensor]
+    tokens: int
+    trained_tokens: int
+    totals: list[torch.Tensor] = field(default_factory=list)
     """Loss of each micro-batch, on the device."""
 
 
@@ -90,20 +93,26 @@ def _gradients(session: Session, step: int) -> Gradients | Shortage:
     Several processes meet once before the micro-batches and once after them; what one of them has to do again in
     between is its own business.
     """
-    batches = step_batches(session, step)
-    count = int(reduce_number(session, sum(session.job.method.count(batch) for batch in batches)))
+    batches, count = insist(partial(_batches, session, step), session.meter.release)
+    count = int(reduce_number(session, count))
     if count == 0:
-        return Gradients(batches, math.nan, 0.0, {}, units=0, totals=[])
+        return Gradients(batches, math.nan, 0.0, {}, 0, *_tokens(session, batches))
     sums = _accumulate(session, step, batches, count)
     while isinstance(sums, Batch):
         memory.relieve(session, sums, f"in step {step + 1}")
-        batches = step_batches(session, step)
+        batches, _ = insist(partial(_batches, session, step), session.meter.release)
         sums = _accumulate(session, step, batches, count)
     if isinstance(sums, Shortage):
         return sums
     if session.accelerator.num_processes > 1:
         return _measure(session, batches, sums, count)  # alone it could not do this again
     return attempt(partial(_measure, session, batches, sums, count), session.meter.release)
+
+
+def _batches(session: Session, step: int) -> tuple[list[Batch], int]:
+    """This process's micro-batches, and the units in them."""
+    batches = step_batches(session, step)
+    return batches, sum(session.job.method.count(batch) for batch in batches)
 
 
 def _accumulate(session: Session, step: int, batches: list[Batch], count: int) -> Sums | Batch | Shortage:
@@ -155,21 +164,27 @@ def _measure(session: Session, batches: list[Batch], sums: Sums, count: int) -> 
     norm = torch.nn.utils.clip_grad_norm_(session.parameters, limit)
     loss, metrics = sums.means(count)
     loss_value, norm_value = torch.stack([loss, norm.to(loss.device)]).tolist()
-    return Gradients(batches, loss_value, norm_value, metrics, count, sums.totals)
+    return Gradients(batches, loss_value, norm_value, metrics, count, *_tokens(session, batches), sums.totals)
+
+
+def _tokens(session: Session, batches: list[Batch]) -> tuple[int, int]:
+    """(tokens, trained tokens) of the step; counted before the update, which is the last that can fail."""
+    tokens = int(reduce_number(session, sum(batch.tokens for batch in batches)))
+    return tokens, int(reduce_number(session, sum(batch.trained_tokens for batch in batches)))
 
 
 def _update(session: Session, gradients: Gradients) -> StepResult:
     """Apply the gradients, unless something is not finite: then nothing is applied."""
-    scaler, batches = session.accelerator.scaler, gradients.batches
+    scaler = session.accelerator.scaler
     finite = math.isfinite(gradients.loss) and math.isfinite(gradients.norm)
     overflow = not finite and math.isfinite(gradients.loss) and scaler is not None and scaler.get_scale() > 1.0
     spike = finite and anomalies.is_spike(session, gradients.loss, gradients.norm)
     applied = finite and not (spike and anomalies.is_skipped(session))
     suspects: list[str] = []
     if spike:
-        suspects = anomalies.largest(session, batches, gradients.totals)
+        suspects = anomalies.largest(session, gradients.batches, gradients.totals)
     elif not finite:
-        suspects = anomalies.suspects(session, batches, gradients.totals, gradients.loss)
+        suspects = anomalies.suspects(session, gradients.batches, gradients.totals, gradients.loss)
     if applied:
         apply_update(session)
     elif scaler is not None:
@@ -181,8 +196,8 @@ def _update(session: Session, gradients: Gradients) -> StepResult:
         spike=spike,
         loss=gradients.loss,
         gradient_norm=gradients.norm,
-        tokens=int(reduce_number(session, sum(batch.tokens for batch in batches))),
-        trained_tokens=int(reduce_number(session, sum(batch.trained_tokens for batch in batches))),
+        tokens=gradients.tokens,
+        trained_tokens=gradients.trained_tokens,
         overflow=overflow,
         metrics=gradients.metrics,
         suspects=suspects,
@@ -194,7 +209,7 @@ def _nothing(session: Session, gradients: Gradients) -> StepResult:
     return StepResult(
         loss=gradients.loss,
         gradient_norm=gradients.norm,
-        tokens=int(reduce_number(session, sum(batch.tokens for batch in gradients.batches))),
+        tokens=gradients.tokens,
         trained_tokens=0,
         units=0,
         applied=False,
