@@ -290,4 +290,4 @@ def require_free_space(folder: Path, bytes_needed: int, what: str) -> None:
         raise UserError(
             f"{what} needs {bytes_needed / 2**30:.2f} GiB in {folder}, {free / 2**30:.2f} GiB are free. "
             "Free some space or name another folder."
-        )
+        ) from OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
