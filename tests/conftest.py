@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import runpy
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,6 +15,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 ROOT = Path(__file__).resolve().parent.parent
+# No test reaches the network, nor does a process that one starts (the folder holds a sitecustomize.py).
+GUARD = str(ROOT / "tests" / "network_guard")
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [GUARD, os.environ.get("PYTHONPATH")]))
+os.environ["UNSLOTH_FACTORY_NETWORK_LOG"] = str(Path(tempfile.mkdtemp()) / "attempts.txt")
+runpy.run_path(str(Path(GUARD) / "sitecustomize.py"))
 BUNDLED = ROOT / "unsloth_factory" / "assets" / "tiny_model"
 CORPUS = [
     "请问高血压患者平时需要注意什么？应低盐饮食，按时服药，并定期测量血压。",
@@ -22,6 +30,17 @@ CORPUS = [
 QWEN2_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+
+
+@pytest.fixture(autouse=True)
+def network_attempts() -> Iterator[Path]:
+    """Fail the test that tried to leave this machine; gives the file in which attempts are written down."""
+    log = Path(os.environ["UNSLOTH_FACTORY_NETWORK_LOG"])
+    yield log
+    if log.is_file():
+        attempts = log.read_text(encoding="utf-8")
+        log.unlink()
+        pytest.fail(f"the network was tried:\n{attempts}")
 
 
 @pytest.fixture(scope="session")

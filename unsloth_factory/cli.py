@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
@@ -22,7 +23,22 @@ def main(argv: list[str] | None = None) -> int:
     # model took 264 s spinning and 15 s sleeping (on idle cores 80 steps take 8 s and 14 s, and larger models do not
     # notice); results are the same. libgomp reads it when torch is imported, and the user's own setting wins.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    if argv is not None:
+        return _exit_code(list(argv))
+    code = _exit_code(sys.argv[1:])
+    _prepare_exit()
+    return code
+
+
+def _prepare_exit() -> None:
+    """All is written. A signal that still comes must not look like a training that was stopped half-way."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    # Python looks for cycles among all objects before it ends: with torch and transformers 2.6 s of 2.9 on busy cores.
+    gc.freeze()
+
+
+def _exit_code(arguments: list[str]) -> int:
     try:
         return _dispatch(arguments)
     except UserError as error:

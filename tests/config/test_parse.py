@@ -87,6 +87,12 @@ def test_llama_factory_yaml_runs(tmp_path: Path) -> None:
         (["--quantization_bit", "8"], "must be one of 4"),
         (["--quantization_bit", "4", "--finetuning_type", "full"], "4-bit weights cannot train"),
         (["--columns", "prompt"], "name=value"),
+        (["--time_budget", "soon"], "--time_budget soon: must be a time span such as 90"),
+        (["--time_budget", "30m1h"], "time span"),
+        (["--time_budget", ""], "time span"),
+        (["--time_budget", "1.2.3h"], "must be a number"),
+        (["--time_budget", "0"], "--time_budget 0.0: above 0"),
+        (["--extend_epochs", "2"], "--extend_epochs 2: continues an earlier training; add --resume auto"),
         (["stray"], "stray: not a flag"),
         (["missing.yaml"], "no such settings file"),
     ],
@@ -94,6 +100,16 @@ def test_llama_factory_yaml_runs(tmp_path: Path) -> None:
 def test_wrong_flags(words: list[str], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         parse(SftConfig, words)
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("90", 90), ("90s", 90), ("5m", 300), ("2.5h", 9000), ("1h30m", 5400), ("1h 30m 5s", 5405), ("1d", 86400)],
+)
+def test_time_spans(text: str, seconds: float, tmp_path: Path) -> None:
+    assert parse(SftConfig, ["--time_budget", text]).config.run.time_budget == seconds
+    (tmp_path / "job.yaml").write_text(f"time_budget: {text}\n")
+    assert parse(SftConfig, [str(tmp_path / "job.yaml")]).config.run.time_budget == seconds
 
 
 def test_all_mistakes_at_once() -> None:

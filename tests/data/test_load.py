@@ -9,6 +9,7 @@ import pytest
 
 from unsloth_factory.config.errors import UsageError, UserError
 from unsloth_factory.config.settings import DataSettings
+from unsloth_factory.data.duplicates import find_duplicates
 from unsloth_factory.data.load import load_conversations, load_pairs
 from unsloth_factory.data.split import read_validation_split, split_validation, write_validation_split
 from unsloth_factory.data.thinking import thinking_mode
@@ -55,9 +56,12 @@ def test_bad_rows_are_counted(tmp_path):
     assert report.rows == 6
     assert report.skipped == {"empty answer": 1, "empty question": 1}
     assert report.skipped_examples == ["a.jsonl:4 empty answer", "a.jsonl:5 empty question"]
-    assert report.notes == {"exact duplicates (kept)": 1}
-    same = write_rows(tmp_path / "b.jsonl", [{"question": "q", "answer": "q"}, *qa("1")])
-    assert load_conversations(DataSettings(dataset=same))[1].notes == {"answer equals question": 1}
+    same = DataSettings(dataset=write_rows(tmp_path / "b.jsonl", [{"question": "q", "answer": "q"}, *qa("1")]))
+    assert load_conversations(same)[1].notes == {"answers equal to their question (kept)": 1}
+    loaded, report = load_conversations(replace(same, bad_rows="skip"))
+    assert (questions(loaded), report.skipped) == (["q1"], {"answer equals question": 1})
+    with pytest.raises(UserError, match=r"1 of 2 rows cannot be used \(b\.jsonl:1 answer equals question\)"):
+        load_conversations(replace(same, bad_rows="refuse"))
 
 
 def test_mostly_bad_files_are_refused(tmp_path):
@@ -248,7 +252,7 @@ def test_real_files(shared_data, name):
     items, report = load(DataSettings(dataset=str(shared_data / name)))
     assert len(items) == report.used == used
     assert (report.files[0]["format"], report.files[0]["encoding"]) == (shape, encoding)
-    assert report.notes.get("exact duplicates (kept)", 0) == duplicates
+    assert len(find_duplicates(items).exact) == duplicates
     reasoned = "on" if "medical_o1" in name else "off"
     if load is load_conversations:
         assert thinking_mode(items) == reasoned

@@ -71,13 +71,26 @@ def test_gb18030_where_gbk_is_not_enough(tmp_path):
     assert table.rows[2].values["answer"] == "很好\U0001f600"
 
 
-def test_western_and_traditional_bytes_are_not_taken_for_gbk(tmp_path):
-    french = "question,answer\nL'été dernier à l'école,Le café où étudiait l'élève était fermé à Noël\n" * 20
-    table = read_table(write(tmp_path, "a.csv", french.encode("latin-1")))
-    assert table.encoding not in ("gbk", "gb18030")
-    assert table.rows[0].values["question"] == "L'été dernier à l'école"
-    big5 = "question,answer\n請問高血壓患者平時需要注意什麼,應該低鹽飲食並且按時服藥定期測量血壓\n" * 20
-    assert read_table(write(tmp_path, "b.csv", big5.encode("big5"))).rows[0].values["question"].startswith("請問高血壓")
+FRENCH = "question,answer\nL'été dernier à l'école,Le café où étudiait l'élève était fermé à Noël\n" * 20
+BIG5 = "question,answer\n請問高血壓患者平時需要注意什麼,應該低鹽飲食並且按時服藥定期測量血壓\n" * 20
+
+
+@pytest.mark.parametrize(
+    ("text", "encoding", "offered"), [(FRENCH, "latin-1", "cp1252"), (BIG5, "big5", "big5")], ids=["French", "Big5"]
+)
+def test_a_guessed_encoding_is_offered_and_not_taken(tmp_path, text, encoding, offered):
+    path = write(tmp_path, "a.csv", text.encode(encoding))
+    with pytest.raises(UserError, match=f"line 2: .*may be {offered}, which reads .*--encoding {offered}"):
+        read_table(path)
+    assert read_table(path, offered).rows[0].values["question"] == text.split("\n")[1].split(",")[0]
+
+
+def test_damaged_bytes_are_told_from_another_encoding(tmp_path):
+    for name, encoding in (("utf-8", "utf-8"), ("gb18030", "gbk")):
+        lines = [line.encode(encoding) for line in (csv_text() * 20).split("\n")]
+        lines[7] = lines[7] + b"\xff\xff"
+        with pytest.raises(UserError, match=f"line 8: 2 damaged characters; the rest of the file is {name}"):
+            read_table(write(tmp_path, "a.csv", b"\n".join(lines)))
 
 
 def test_bytes_of_no_encoding(tmp_path):
@@ -86,6 +99,8 @@ def test_bytes_of_no_encoding(tmp_path):
         read_table(path, "utf-8")
     with pytest.raises(UserError, match="no such encoding"):
         read_table(path, "klingon")
+    with pytest.raises(UserError, match="undefined: .* cannot be read so"):
+        read_table(path, "undefined")
     with pytest.raises(UserError, match="zero bytes"):
         read_table(write(tmp_path, "b.csv", csv_text().encode("utf-16-le")))
 
@@ -156,7 +171,7 @@ def test_json_lines_keep_their_line_numbers(tmp_path):
         ('{"a": 1}\n{"a": \n{"a": 3}\n', r"a\.jsonl: broken JSON in line 2, column 6: Expecting value"),
         ('{"a": 1}\n{"a": "cut o', r"line 2, column 7: Unterminated string"),
         ('{"a": 1}\n{"a": 1} trailing\n', r"line 2, column 9: Extra data"),
-        ("x\n" * 9, r"line 1, column 1.*and 6 more lines"),
+        ("x\n" * 9, r"line 1, column 1.*and 6 more lines: 4, 5, 6, 7, 8, 9\)"),
     ],
 )
 def test_broken_json_lines_refuse_the_file(tmp_path, text, message):
@@ -167,8 +182,8 @@ def test_broken_json_lines_refuse_the_file(tmp_path, text, message):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('[{"a": 1},\n {"a" 2}]', r"line 2, column 7: broken JSON: Expecting ':'"),
-        ('[{"a": 1}\n {"a": 2}]', r"line 2, column 2: .*',' or ']' was expected"),
+        ('[{"a": 1},\n {"a" 2}]', r"line 2, column 7: broken JSON in row 2: Expecting ':'"),
+        ('[{"a": 1}\n {"a": 2}]', r"line 2, column 2: .*row 2: ',' or ']' was expected"),
         ('[{"a": 1},\n', "The file ends there"),
         ('[{"a": 1}] x', "after the end of the array"),
         ("[" * 100_000, "nested too deeply"),

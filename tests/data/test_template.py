@@ -8,6 +8,7 @@ import pytest
 from unsloth_factory.config.errors import UserError
 from unsloth_factory.data.template import ChatTemplate
 from unsloth_factory.data.types import Conversation, PreferencePair, Turn
+from unsloth_factory.export.probes import probe_conversations, probe_texts
 
 FAMILIES = ["qwen3", "qwen25", "llama3", "mistral", "deepseek"]
 Q1, A1 = Turn("user", "请问高血压患者平时需要注意什么？"), Turn("assistant", "应低盐饮食。")
@@ -312,3 +313,22 @@ def test_real_qwen3(real_qwen3):
     ids = real_qwen3.encode_text(text)
     assert max(ids) < 151643
     assert real_qwen3.tokenizer.decode(ids) == text
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_fifty_conversations_and_a_thousand_texts(template_of, family):
+    """The probes of the export gate: training's ids, inference's ids and the whole text's ids are the same."""
+    template = template_of(family)
+    probes = [turns for turns in probe_conversations(()) if family != "mistral" or turns[0].role != "system"]
+    assert len(probes) >= 30
+    for turns in probes:
+        sample = template.encode_conversation(conversation(*turns, A2))[-1]
+        prompt = sample.ids[: spans(sample)[-1][0]].tolist()
+        assert prompt == template.encode_prompt(turns, False)
+        if "<|" not in "".join(turn.content for turn in turns):
+            text = template.render_prompt(turns, False)
+            assert prompt == template.tokenizer(text, add_special_tokens=False).input_ids
+    texts = [text for text in probe_texts() if not any(token in text for token in template.control_tokens)]
+    assert len(texts) > 900
+    for text, ids in zip(texts, template.tokenizer(texts, add_special_tokens=False).input_ids, strict=True):
+        assert template.encode_text(text) == ids

@@ -28,7 +28,7 @@ LLAMA3_SPLIT = (
 
 
 def edit_tokenizer(model: Path, target: Path, edit) -> Path:
-    shutil.copytree(model, target)
+    shutil.copytree(model, target, ignore=shutil.ignore_patterns("SHA256SUMS"))
     path = target / "tokenizer.json"
     value = json.loads(path.read_text(encoding="utf-8"))
     edit(value)
@@ -155,7 +155,7 @@ def test_nan_and_overflow_are_refused(merged_dir, tmp_path):
         ("nan", float("nan"), "NaN or infinite"),
         ("big", 1e5, r"1e\+05, float16 ends at 65504"),
     ):
-        shutil.copytree(merged_dir, tmp_path / name)
+        shutil.copytree(merged_dir, tmp_path / name, ignore=shutil.ignore_patterns("SHA256SUMS"))
         tensors = {key: tensor.float() for key, tensor in load_file(merged_dir / "model.safetensors").items()}
         tensors["model.layers.0.mlp.up_proj.weight"][0, 0] = value
         save_file(tensors, tmp_path / name / "model.safetensors", metadata={"format": "pt"})
@@ -171,7 +171,7 @@ def test_full_disk_and_too_little_disk(merged_dir, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(gguf_module, "publish_file", failing)
+        patch.setattr(gguf_module, "publish_with_sum", failing)
         with pytest.raises(UserError, match="No space left"):
             convert(merged_dir, out / "x.gguf", GgufOptions(check=False))
     assert list(out.iterdir()) == []

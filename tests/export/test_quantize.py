@@ -81,7 +81,7 @@ def test_flipped_bytes_are_found(source):
 
 
 def test_crash_of_the_quantiser(source, monkeypatch):
-    monkeypatch.setitem(module.FILE_TYPES, "q8_0", (999, 8.5))
+    monkeypatch.setitem(module.FILE_TYPES, "q8_0", 999)
     with pytest.raises(UserError, match="quantising to q8_0"):
         quantize(source, source.parent / "out", ["q8_0"])
     assert list((source.parent / "out").iterdir()) == []
@@ -94,7 +94,7 @@ def test_full_and_small_disk(source, monkeypatch):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "publish_file", failing)
+        patch.setattr(module, "publish_with_sum", failing)
         with pytest.raises(UserError, match="No space left"):
             quantize(source, out, ["q8_0"])
     assert list(out.iterdir()) == []

@@ -90,7 +90,7 @@ def test_the_files(load, stir, tmp_path, random_model_dir):
     loaded = stir(load(quantization_bit=4, for_training=True))
     one = loaded.save_adapter(tmp_path / "one", {"thinking": "off"})
     two = loaded.save_adapter(tmp_path / "two", {"thinking": "off"})
-    names = ["adapter_config.json", "adapter_model.safetensors", "unsloth_factory.json"]
+    names = ["SHA256SUMS", "adapter_config.json", "adapter_model.safetensors", "unsloth_factory.json"]
     assert sorted(os.listdir(one)) == names
     for name in names:
         assert (one / name).read_bytes() == (two / name).read_bytes()
@@ -134,7 +134,10 @@ def test_switching_a_frozen_adapter_off_and_on_leaves_it_frozen(load, stir, tmp_
 
 @pytest.fixture
 def saved(load, stir, tmp_path):
-    return stir(load(for_training=True)).save_adapter(tmp_path / "saved")
+    """An adapter that a test may damage: without the checksums that would tell."""
+    folder = stir(load(for_training=True)).save_adapter(tmp_path / "saved")
+    (folder / "SHA256SUMS").unlink()
+    return folder
 
 
 def test_adapter_that_is_not_finite_is_refused_at_load(saved, load):

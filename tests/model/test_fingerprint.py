@@ -73,7 +73,7 @@ def adapter_dir(tmp_path_factory, random_model_dir):
 
 @pytest.fixture
 def adapter_copy(adapter_dir, tmp_path):
-    return shutil.copytree(adapter_dir, tmp_path / "adapter")
+    return shutil.copytree(adapter_dir, tmp_path / "adapter", ignore=shutil.ignore_patterns("SHA256SUMS"))
 
 
 def test_adapter_remembers_its_training(adapter_dir, random_model_dir):

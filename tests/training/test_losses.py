@@ -69,13 +69,13 @@ def test_chunks_change_nothing(model: LoadedModel, monkeypatch: pytest.MonkeyPat
     batch = pad(samples(4, seed=6), 0)
     positions = trained_positions(batch)
     results = []
-    for limit in (log_probs.LOGIT_BYTES, 4 * model.lm_head.out_features * 7):  # all at once; 7 positions at a time
-        monkeypatch.setattr(log_probs, "LOGIT_BYTES", limit)
+    for limit in (model.logit_bytes, 4 * model.vocabulary * 7):  # all at once; 7 positions at a time
+        model.logit_bytes = limit
         model.model.zero_grad()
         values = token_log_probs(model, batch, positions)
         values.sum().backward()
         results.append((values.detach(), [p.grad.clone() for p in model.trainable_parameters()]))
-    assert log_probs.chunk_rows(model.lm_head) == 7
+    assert log_probs.chunk_rows(model) == 7
     assert torch.allclose(results[0][0], results[1][0], rtol=1e-5)
     for a, b in zip(results[0][1], results[1][1], strict=True):
         assert torch.allclose(a, b, rtol=1e-4, atol=1e-6)

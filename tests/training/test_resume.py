@@ -2,45 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
-from training_jobs import pairs, said, samples
+from training_jobs import metrics, pairs, said, samples, stopping, weights
 
 from unsloth_factory.config.errors import Stopped, UserError
 from unsloth_factory.config.settings import TuningSettings
-from unsloth_factory.run.atomic import sha256
 from unsloth_factory.training.loop import train
 from unsloth_factory.training.methods import Dpo, Sft
-
-
-def stopping(method: Any, call: int, number: int = signal.SIGTERM) -> Any:
-    """The method, with a signal in the middle of its n-th loss."""
-    plain, calls = method.loss, iter(range(1, 1_000_000))
-
-    def loss(loaded: Any, batch: Any) -> Any:
-        if next(calls) == call:
-            os.kill(os.getpid(), number)
-        return plain(loaded, batch)
-
-    method.loss = loss
-    return method
-
-
-def weights(job: Any) -> dict[str, str]:
-    folder = job.folder.final_adapter if job.loaded.has_adapter else job.folder.final_model
-    return {path.name: sha256(path) for path in sorted(folder.glob("*.safetensors"))}
-
-
-def metrics(job: Any) -> list[dict[str, Any]]:
-    volatile = ("time", "tokens_per_second", "memory")
-    lines = [json.loads(line) for line in job.folder.metrics.read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key not in volatile} for line in lines]
-
 
 LORA = TuningSettings(lora_r=4)
 CASES = {

@@ -7,7 +7,7 @@ import math
 import pytest
 
 from unsloth_factory.config.settings import LoopSettings, TuningSettings
-from unsloth_factory.training.schedule import learning_rate, peak_learning_rate
+from unsloth_factory.training.schedule import learning_rate, paced_rate, peak_learning_rate
 
 
 @pytest.mark.parametrize(
@@ -22,6 +22,20 @@ from unsloth_factory.training.schedule import learning_rate, peak_learning_rate
 def test_rates(shape: str, expected: list[float]) -> None:
     rates = [learning_rate(step, 10, peak=2e-4, shape=shape, warmup_ratio=0.2) for step in range(10)]
     assert rates == pytest.approx([2e-4 * factor for factor in expected])
+
+
+@pytest.mark.parametrize("shape", ["constant", "linear", "cosine"])
+@pytest.mark.parametrize("warmup_ratio", [0.0, 0.2])
+def test_paced_by_equal_steps_it_is_the_same(shape: str, warmup_ratio: float) -> None:
+    settings = {"peak": 2e-4, "shape": shape, "warmup_ratio": warmup_ratio}
+    for step in range(10):
+        assert paced_rate(step / 10, 1 / 10, **settings) == pytest.approx(learning_rate(step, 10, **settings))  # type: ignore[arg-type]
+
+
+def test_paced_by_unequal_steps() -> None:
+    settings = {"peak": 1.0, "shape": "linear", "warmup_ratio": 0.25}
+    rates = [paced_rate(progress, 0.05, **settings) for progress in (0.0, 0.2, 0.25, 0.625, 1.0)]  # type: ignore[arg-type]
+    assert rates == pytest.approx([0.05 / 0.3, 0.25 / 0.3, 1.0, 0.5, 0.0])
 
 
 def test_warm_up_rounds_up_and_one_step_is_enough() -> None:

@@ -27,7 +27,7 @@ def test_a_run_leaves_everything_behind(tmp_path: Path, job_in) -> None:
     run = job.folder
     assert (result.steps, result.skipped_steps, result.resumed_from) == (10, 0, None)
     assert result.adapter_path == run.final_adapter
-    names = {"adapter_model.safetensors", "adapter_config.json", "unsloth_factory.json"}
+    names = {"SHA256SUMS", "adapter_model.safetensors", "adapter_config.json", "unsloth_factory.json"}
     assert {path.name for path in run.final_adapter.iterdir()} == names
     assert yaml.safe_load(run.manifest.read_text())["config"] == {"a": 1}
     assert run.template.read_text() == job.template.source
@@ -39,7 +39,7 @@ def test_a_run_leaves_everything_behind(tmp_path: Path, job_in) -> None:
         "source": "held.jsonl:1",
     }
     assert run.loss_plot.read_bytes().startswith(b"\x89PNG")
-    assert job.store.steps() == [9, 10]
+    assert job.store.steps() == [3, 9, 10]  # the best evaluation's and the last two
     checkpoint = json.loads((run.path / "checkpoint-10" / "state.json").read_text())
     assert checkpoint["metrics_bytes"] == run.metrics.stat().st_size
     assert not list(run.path.glob(".*partial"))

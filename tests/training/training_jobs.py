@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import io
+import json
+import os
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -18,6 +21,7 @@ from unsloth_factory.data.template import ChatTemplate
 from unsloth_factory.data.types import Conversation, TokenPair, TokenSample, Turn
 from unsloth_factory.model.load import load_model
 from unsloth_factory.model.loaded import LoadedModel
+from unsloth_factory.run.atomic import sha256
 from unsloth_factory.run.folder import RunFolder, RunManifest
 from unsloth_factory.training import loop as loop_module
 from unsloth_factory.training.checkpoint import claim
@@ -115,3 +119,29 @@ def said(job: TrainingJob) -> str:
     """Everything that the job printed."""
     assert job.console is not None
     return job.console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def stopping(method: Any, call: int, number: int = signal.SIGTERM) -> Any:
+    """The method, with a signal in the middle of its n-th loss."""
+    plain, calls = method.loss, iter(range(1, 1_000_000))
+
+    def loss(loaded: Any, batch: Any) -> Any:
+        if next(calls) == call:
+            os.kill(os.getpid(), number)
+        return plain(loaded, batch)
+
+    method.loss = loss
+    return method
+
+
+def weights(job: Any) -> dict[str, str]:
+    """File -> SHA-256 of the final weights."""
+    folder = job.folder.final_adapter if job.loaded.has_adapter else job.folder.final_model
+    return {path.name: sha256(path) for path in sorted(folder.glob("*.safetensors"))}
+
+
+def metrics(job: Any) -> list[dict[str, Any]]:
+    """Lines of metrics.jsonl without what differs between two runs."""
+    volatile = ("time", "tokens_per_second", "memory")
+    lines = [json.loads(line) for line in job.folder.metrics.read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key not in volatile} for line in lines]

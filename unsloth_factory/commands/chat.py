@@ -22,6 +22,7 @@ from unsloth_factory.config.commands import ChatConfig
 from unsloth_factory.config.errors import UsageError, UserError
 from unsloth_factory.config.settings import FinishedRun
 from unsloth_factory.data.template import ChatTemplate
+from unsloth_factory.export.sums import verify_file
 from unsloth_factory.inference.chat import AnswerStream, ChatSession, prompt_limit
 from unsloth_factory.inference.interrupts import children_ignore_interrupts
 from unsloth_factory.inference.llama_cpp import LlamaCpp
@@ -67,6 +68,7 @@ def _engine(
         yield template, answer, loaded.max_positions
         return
     template = gguf_template(resolved)
+    verify_file(Path(config.gguf).expanduser())
     with children_ignore_interrupts():
         model = LlamaCpp(Path(config.gguf).expanduser())
     with model:

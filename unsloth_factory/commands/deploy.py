@@ -15,7 +15,7 @@ from unsloth_factory.export.gguf import load_template
 from unsloth_factory.export.modelfile import OllamaModel, context_length, describe, modelfile_path_of, render_modelfile
 from unsloth_factory.export.ollama import OllamaServer, check_name
 from unsloth_factory.export.progress import say
-from unsloth_factory.export.sums import read_sums, write_folder_sums
+from unsloth_factory.export.sums import verify_file, write_folder_sums
 from unsloth_factory.inference.gguf_header import read_header
 from unsloth_factory.model.paths import resolve_model
 from unsloth_factory.model.weight_files import read_json
@@ -28,22 +28,28 @@ def run(config: DeployConfig) -> int:
     folder = RunFolder(Path(config.source.run).expanduser()) if config.source.run else None
     gguf = _gguf(config, folder)
     read_header(gguf)
+    digest = verify_file(gguf)
     name = check_name(config.name or _name(folder.path if folder else gguf))
     model = _describe(config, folder, gguf)
     modelfile = folder.modelfile if folder else gguf.parent / "Modelfile"
     write_text(modelfile, render_modelfile(modelfile_path_of(gguf, modelfile), model))
-    relative = modelfile_path_of(gguf, modelfile).removeprefix("./")
-    digest = read_sums(gguf.parent).get(gguf.name)
-    write_folder_sums(modelfile.parent, [modelfile.name], known={relative: digest} if digest and folder else None)
+    relative = Path(modelfile_path_of(gguf, modelfile).removeprefix("./"))
+    known = {} if relative.is_absolute() else {relative.as_posix(): digest}
+    write_folder_sums(modelfile.parent, [modelfile.name], known=known)
     say(f"wrote {modelfile}")
     for note in model.notes:
-        say(f"[yellow]{note}[/yellow]")
-    _create(config, name, gguf, modelfile, model, folder)
+        say(note, warn=True)
+    _create(config, name, (gguf, digest), modelfile, model, folder)
     return 0
 
 
 def _create(
-    config: DeployConfig, name: str, gguf: Path, modelfile: Path, model: OllamaModel, folder: RunFolder | None
+    config: DeployConfig,
+    name: str,
+    gguf: tuple[Path, str],
+    modelfile: Path,
+    model: OllamaModel,
+    folder: RunFolder | None,
 ) -> None:
     """Through the server when one answers; else say how to do it by hand."""
     server = OllamaServer(config.ollama_host)
@@ -58,7 +64,7 @@ def _create(
         say(f"  ollama create {name} -f {shlex.quote(str(modelfile))}")
         say(f"  ollama run {name}{off}")
         return
-    server.create(name, gguf, model)
+    server.create(name, gguf[0], model, digest=gguf[1])
     say(f"created {name} in Ollama {version} at {server.address}. Talk to it: ollama run {name}{off}")
 
 

@@ -10,13 +10,14 @@ from typing import Any
 from rich.console import Console
 
 from unsloth_factory import __version__
+from unsloth_factory.commands.plan_space import require_plan_space
 from unsloth_factory.commands.summary import write_summary
 from unsloth_factory.config.commands import RunPlanConfig
 from unsloth_factory.config.errors import UsageError
 from unsloth_factory.config.fields import settings_of
 from unsloth_factory.config.parse import canonical, flat_values, from_mapping, suggestion
 from unsloth_factory.config.table import COMMANDS
-from unsloth_factory.config.yaml_file import read_yaml
+from unsloth_factory.config.yaml_file import LinedDict, read_yaml
 from unsloth_factory.run.atomic import SUMS_NAME
 from unsloth_factory.run.folder import RunFolder
 from unsloth_factory.run.stages import StageCache, files_below, stage_key
@@ -76,6 +77,7 @@ def run_plan(path: Path, output_dir: str | None, *, force: bool = False) -> int:
     started = time.monotonic()
     root, stages = read_plan(path, output_dir)
     console = Console()
+    require_plan_space(root, stages)
     root.mkdir(parents=True, exist_ok=True)
     cache = StageCache(root / "stages.json")
     keys: dict[str, str] = {}
@@ -91,7 +93,9 @@ def run_plan(path: Path, output_dir: str | None, *, force: bool = False) -> int:
         console.rule(title, align="left")
         begun, before = time.monotonic(), _changes(stage)
         outdated = cache.forget(stage.label)
-        code = COMMANDS[stage.command].load()(_started_anew(stage) if force else stage.config)
+        # A training's --time_budget begins with its stage, not with the process.
+        clock = {"started": begun} if stage.command in TRAINING else {}
+        code = COMMANDS[stage.command].load()(_started_anew(stage) if force else stage.config, **clock)
         if code != 0:
             return code
         seconds[stage.label] = round(time.monotonic() - begun, 1)
@@ -114,21 +118,28 @@ def read_plan(path: Path, output_dir: str | None) -> tuple[Path, list[Stage]]:
     entries = plan.pop("stages", None)
     if not isinstance(entries, list) or not entries:
         raise UsageError(f"{path}: a plan needs a list `stages:` such as `- sft: {{dataset: data.csv}}`")
-    root = Path(output_dir or plan.get("output_dir") or f"output/{path.stem}").expanduser()
+    root = _folder(output_dir or plan.pop("output_dir", None) or f"output/{path.stem}", str(path))
     plan.pop("output_dir", None)
     pairs = [_entry(entry, index, path) for index, entry in enumerate(entries, 1)]
     _check_common(plan, pairs, path)
     several = sum(command in TRAINING for command, _ in pairs) > 1
     folder = root
     stages: list[Stage] = []
-    for command, values in pairs:
+    for entry, (command, values) in zip(entries, pairs, strict=True):
+        where = f"{path}:{entry.lines[command]}: {command}" if isinstance(entry, LinedDict) else f"{path}: {command}"
         if command in TRAINING:
             default = root / _label(command, stages) if several else root
-            folder = Path(values.get("output_dir") or default).expanduser()
+            folder = _folder(values.get("output_dir") or str(default), where)
         settings = _stage_settings(command, {**_known(plan, command), **values}, folder, stages)
-        config = from_mapping(COMMANDS[command].config_type, settings, f"{path}: {command}", command).config
+        config = from_mapping(COMMANDS[command].config_type, settings, where, command).config
         stages.append(Stage(_label(command, stages), command, config, folder))
     return root, stages
+
+
+def _folder(value: Any, where: str) -> Path:
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise UsageError(f"{where}: output_dir {value!r}: the name of a folder is expected")
+    return Path(str(value)).expanduser()
 
 
 def _entry(entry: Any, index: int, path: Path) -> tuple[str, dict[str, Any]]:
@@ -188,7 +199,10 @@ def _expand(value: Any, plan_dir: str) -> Any:
     if isinstance(value, str):
         return value.replace("${plan_dir}", plan_dir)
     if isinstance(value, dict):
-        return {key: _expand(item, plan_dir) for key, item in value.items()}
+        expanded = LinedDict()
+        expanded.update((key, _expand(item, plan_dir)) for key, item in value.items())
+        expanded.lines = getattr(value, "lines", {})
+        return expanded
     if isinstance(value, list):
         return [_expand(item, plan_dir) for item in value]
     return value

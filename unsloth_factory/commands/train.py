@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import shlex
 import sys
+import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from unsloth_factory.commands.watch import check_watch, general_conversations, watched
 from unsloth_factory.config.commands import DpoConfig, SftConfig
 from unsloth_factory.config.errors import UsageError, UserError
 from unsloth_factory.config.settings import DataSettings
 from unsloth_factory.data.encode import encode_pairs, encode_samples
 from unsloth_factory.data.load import load_conversations, load_pairs
-from unsloth_factory.data.split import split_validation
 from unsloth_factory.data.template import ChatTemplate
 from unsloth_factory.data.thinking import thinking_mode
+from unsloth_factory.data.training_data import training_data
 from unsloth_factory.data.types import Conversation, DataReport, PreferencePair, TokenPair, TokenSample
 from unsloth_factory.knowledge import DomainPack, PackError, TermNormalizer, load_pack
 from unsloth_factory.model.device import default_quantization, pick_device_dtype
@@ -33,6 +35,7 @@ from unsloth_factory.training.job import TrainingJob, TrainResult
 from unsloth_factory.training.loop import train
 from unsloth_factory.training.methods import METHODS, Method
 from unsloth_factory.training.progress import print_labelled
+from unsloth_factory.training.time_budget import process_started
 
 
 @dataclass(frozen=True)
@@ -46,39 +49,41 @@ class Prepared:
     report: DataReport
 
 
-def run_sft(config: SftConfig) -> int:
-    """`uf sft`."""
-    sft(config)
+def run_sft(config: SftConfig, started: float | None = None) -> int:
+    """`uf sft`; its --time_budget began with the process, or at `started` on the clock of `time.monotonic`."""
+    sft(config, process_started() if started is None else started)
     return 0
 
 
-def run_dpo(config: DpoConfig) -> int:
-    """`uf dpo`."""
-    dpo(config)
+def run_dpo(config: DpoConfig, started: float | None = None) -> int:
+    """`uf dpo`; its --time_budget began with the process, or at `started` on the clock of `time.monotonic`."""
+    dpo(config, process_started() if started is None else started)
     return 0
 
 
-def sft(config: SftConfig) -> TrainResult:
-    """Supervised fine-tuning; for notebooks too."""
-    return _train(config, "sft", METHODS["sft"]())
+def sft(config: SftConfig, started: float | None = None) -> TrainResult:
+    """Supervised fine-tuning; for notebooks too. A time budget begins now, or at `started` (`time.monotonic`)."""
+    return _train(config, "sft", METHODS["sft"](), time.monotonic() if started is None else started)
 
 
-def dpo(config: DpoConfig) -> TrainResult:
-    """Direct preference optimisation; for notebooks too."""
-    return _train(config, "dpo", METHODS["dpo"](beta=config.beta))
+def dpo(config: DpoConfig, started: float | None = None) -> TrainResult:
+    """Direct preference optimisation; for notebooks too. A time budget begins now, or at `started`."""
+    return _train(config, "dpo", METHODS["dpo"](beta=config.beta), time.monotonic() if started is None else started)
 
 
-def _train(config: SftConfig, command: str, method: Method) -> TrainResult:
+def _train(config: SftConfig, command: str, method: Method, started: float) -> TrainResult:
     if config.model.model is None or config.data.dataset is None:
         missing = [f"--{name}" for name, value in _required(config).items() if value is None]
         raise UsageError(
             f"uf {command} needs {' and '.join(missing)}. Example: uf {command} --model tiny --dataset d.csv"
         )
-    console = Console()
+    check_watch(config, command)
+    console = _console()
     folder = RunFolder(Path(config.run.output_dir or f"output/{command}-{datetime.now():%Y%m%d-%H%M%S}"))
     pack = _domain_pack(config.data.domain)
     with claim(folder, config.run, lambda line: console.print(line, highlight=False, markup=False)) as store:
         items, held_out, report = _load_items(config, command, pack)
+        general = general_conversations(config.watch, held_out)
         loaded = _load(config)
         eos = loaded.generation_defaults.get("eos_token_id", [])
         template = ChatTemplate.from_tokenizer(
@@ -87,6 +92,16 @@ def _train(config: SftConfig, command: str, method: Method) -> TrainResult:
         prepared = _encode(config, template, items, held_out, report)
         write_json(folder.data_report, asdict(report))
         _print_report(console, report, folder)
+        manifest = _manifest(config, command, loaded, template, pack, prepared.thinking)
+        looked_at = watched(
+            config,
+            general,
+            prepared.held_out,
+            loaded=loaded,
+            template=template,
+            thinking=manifest.thinking_flag,
+            pack=pack,
+        )
         job = TrainingJob(
             loaded=loaded,
             template=template,
@@ -94,12 +109,18 @@ def _train(config: SftConfig, command: str, method: Method) -> TrainResult:
             train_items=prepared.train_items,
             eval_items=prepared.eval_items,
             held_out=prepared.held_out,
+            general_items=looked_at.general_items,
+            replay_items=looked_at.replay_items,
+            answerer=looked_at.answerer,
             tuning=config.tuning,
             loop=config.loop,
             run=config.run,
+            watch=config.watch,
+            guard=config.guard,
             folder=folder,
-            manifest=_manifest(config, command, loaded, template, pack, prepared.thinking),
+            manifest=manifest,
             store=store,
+            started=started,
             resume_command=_resume_command(command, folder),
             console=console,
         )
@@ -111,6 +132,12 @@ def _train(config: SftConfig, command: str, method: Method) -> TrainResult:
         soft_wrap=True,
     )
     return result
+
+
+def _console() -> Console:
+    """In a notebook one stream of plain text: rich would make an HTML output of every line."""
+    console = Console()
+    return Console(force_jupyter=False, force_terminal=False) if console.is_jupyter else console
 
 
 def _required(config: SftConfig) -> dict[str, str | None]:
@@ -129,14 +156,7 @@ def _load_items(config: SftConfig, command: str, pack: DomainPack | None) -> tup
     load: Any = load_pairs if command == "dpo" else load_conversations
     system = config.data.system or (pack.system_prompt if pack else None)
     normalizer = TermNormalizer(pack) if pack else None
-    items, report = load(config.data, system=system, normalizer=normalizer)
-    if config.data.eval_dataset is None:
-        train_items, held_out = split_validation(items, config.data.val_split, config.loop.seed)
-        return train_items, held_out, report
-    held_settings = replace(config.data, dataset=config.data.eval_dataset, data_limit=None)
-    held_out, held_report = load(held_settings, system=system, normalizer=normalizer)
-    report.files += held_report.files
-    return items, held_out, report
+    return training_data(config.data, load, seed=config.loop.seed, system=system, normalizer=normalizer)
 
 
 def _load(config: SftConfig) -> LoadedModel:
@@ -231,6 +251,8 @@ def _print_report(console: Console, report: DataReport, folder: RunFolder) -> No
     losses += [f"{count:,} {what}" for what, count in report.notes.items()]
     if losses:
         print_labelled(console, f"            {'; '.join(losses)} ({folder.data_report})")
+    for line in (*report.skipped_examples[:2], *report.leaks[:2]):
+        print_labelled(console, f"            such as {line}")
     tokens = report.tokens
     print_labelled(
         console,
@@ -240,8 +262,12 @@ def _print_report(console: Console, report: DataReport, folder: RunFolder) -> No
 
 
 def _resume_command(command: str, folder: RunFolder) -> str:
-    """The command line that continues this run."""
-    words = [word for word in sys.argv[1:] if word != "--overwrite"] or [command]
+    """The command line that continues this run; for a caller of `sft()` or `dpo()`, what to change in the call."""
+    if sys.argv[1:2] == ["run"]:
+        return "uf " + shlex.join(sys.argv[1:])
+    if sys.argv[1:2] != [command]:
+        return f"the same call with resume='auto', output_dir={str(folder.path)!r}"
+    words = [word for word in sys.argv[1:] if word != "--overwrite"]
     if "--resume" not in words:
         words += ["--resume", "auto"]
     if not any(word.startswith(("--output_dir", "--output-dir")) for word in words):

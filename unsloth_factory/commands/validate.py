@@ -33,6 +33,7 @@ from unsloth_factory.evaluation.validate import (
     model_answerers,
     validate,
 )
+from unsloth_factory.export.sums import verify_file
 from unsloth_factory.inference.gguf_header import read_header
 from unsloth_factory.inference.sampling import Sampling
 from unsloth_factory.knowledge import DomainPack, TermNormalizer
@@ -93,6 +94,8 @@ def _files(config: ValidateConfig, resolved: ResolvedModel, questions_of: Any, c
     template = gguf_template(resolved)
     paths = _gguf_paths(str(config.gguf), resolved)
     headers = [read_header(path) for path in paths]
+    for path in paths:
+        verify_file(path)
     contexts = [h.metadata.get(f"{h.metadata.get('general.architecture')}.context_length") for h in headers]
     check = partial(require_same_tokenizer, template=template, resolved=resolved)
     with counting(console, "answers") as progress:

@@ -28,6 +28,10 @@ ALIASES = {
     "formatting": "dataset_format",
     "infer_dtype": "dtype",
     "export_dir": "output",
+    "early_stopping_steps": "early_stopping_patience",
+    "early_stopping_threshold": "early_stopping_min_delta",
+    "metric_for_best_model": "metric_for_best",
+    "load_best_model_at_end": "load_best",
 }
 
 # LLaMA-Factory's `max_samples` limits the data of a training; in `validate` it is a flag of its own.
@@ -43,6 +47,12 @@ VALUE_ALIASES = {
     },
     "lora_target": {"all-linear": "all"},
     "lr_scheduler_type": {"constant_with_warmup": "constant"},
+    "metric_for_best": {
+        "eval_loss": "loss",
+        "eval_exact_match": "exact_match",
+        "eval_rewards/accuracies": "rewards/accuracies",
+        "eval_rewards/margins": "rewards/margins",
+    },
 }
 
 NO_EFFECT = {
@@ -66,6 +76,7 @@ NO_EFFECT = {
     "save_strategy": "--save_steps decides",
     "per_device_eval_batch_size": "evaluation uses --batch_size",
     "save_only_model": "checkpoints are always complete, so that they can be resumed",
+    "greater_is_better": "each metric knows which way is better",
     "logging_dir": "metrics.jsonl lies in the run folder",
     "neat_packing": "packing is always document-correct",
     "packing": "packing is on; --no_packing pads instead",

@@ -10,10 +10,12 @@ from unsloth_factory.config.settings import (
     DataSettings,
     FinishedRun,
     GenerationSettings,
+    GuardSettings,
     LoopSettings,
     ModelSettings,
     RunSettings,
     TuningSettings,
+    WatchSettings,
 )
 
 CEVAL_LANGUAGES = ("zh", "en")
@@ -28,6 +30,8 @@ class SftConfig:
     tuning: TuningSettings = field(default_factory=TuningSettings)
     loop: LoopSettings = field(default_factory=LoopSettings)
     run: RunSettings = field(default_factory=RunSettings)
+    watch: WatchSettings = field(default_factory=WatchSettings)
+    guard: GuardSettings = field(default_factory=GuardSettings)
 
 
 @dataclass(frozen=True, kw_only=True)

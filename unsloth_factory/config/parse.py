@@ -12,12 +12,13 @@ from typing import Any, TypeVar
 from unsloth_factory.config.aliases import ALIASES, NO_EFFECT, STAGES, TRAINING_ALIASES, VALUE_ALIASES
 from unsloth_factory.config.errors import UsageError
 from unsloth_factory.config.fields import Setting, settings_of
-from unsloth_factory.config.values import BadValue, convert, without_none
+from unsloth_factory.config.values import BadValue, convert, shortened, without_none
 from unsloth_factory.config.yaml_file import read_yaml
 
 ConfigT = TypeVar("ConfigT")
 YAML_ENDINGS = (".yaml", ".yml")
 NO_VALUE = object()
+MOST_MISTAKES = 50  # shown at once
 KEY_VALUE = re.compile(r"([A-Za-z][\w-]*)=(.*)", re.DOTALL)
 
 
@@ -57,14 +58,17 @@ def parse(config_type: type[Any], argv: list[str], command: str = "") -> Parsed:
     if "plan" in table and files:
         flags.insert(0, ("plan", files.pop(0), "plan file"))
     for path in files:
-        for key, value in read_yaml(Path(path)).items():
-            _take(str(key), value, f"{path}: {key}", (table, command, given, problems, notes))
+        settings = read_yaml(Path(path))
+        for key, value in settings.items():
+            _take(str(key), value, f"{path}:{settings.lines[key]}: {key}", (table, command, given, problems, notes))
     for key, value, where in flags:
         _take(key, value, where, (table, command, given, problems, notes))
     values = _converted(given.values(), table, problems)
-    if problems:
-        raise UsageError("\n".join(problems))
-    return Parsed(build(config_type, values), notes)
+    _refuse(problems)
+    try:
+        return Parsed(build(config_type, values), notes)
+    except UsageError as error:
+        raise UsageError("\n".join(_located(line, given) for line in str(error).splitlines())) from None
 
 
 def from_mapping(config_type: type[Any], mapping: dict[str, Any], where: str, command: str = "") -> Parsed:
@@ -77,11 +81,12 @@ def from_mapping(config_type: type[Any], mapping: dict[str, Any], where: str, co
     problems: list[str] = []
     notes: list[str] = []
     given: dict[str, _Given] = {}
+    lines = getattr(mapping, "lines", {})
     for key, value in mapping.items():
-        _take(str(key), value, f"{where}: {key}", (table, command, given, problems, notes))
+        place = f" (line {lines[key]})" if key in lines else ""
+        _take(str(key), value, f"{where}: {key}{place}", (table, command, given, problems, notes))
     values = _converted(given.values(), table, problems)
-    if problems:
-        raise UsageError("\n".join(problems))
+    _refuse(problems)
     try:
         return Parsed(build(config_type, values), notes)
     except UsageError as error:
@@ -133,6 +138,12 @@ def flat_values(config: Any) -> dict[str, Any]:
     return values
 
 
+def _refuse(problems: list[str]) -> None:
+    if problems:
+        more = [f"and {len(problems) - MOST_MISTAKES} more mistakes"] if len(problems) > MOST_MISTAKES else []
+        raise UsageError("\n".join(problems[:MOST_MISTAKES] + more))
+
+
 def suggestion(word: str, known: Iterable[str]) -> str:
     """' Did you mean X?' for the nearest known word, or nothing."""
     near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
@@ -146,6 +157,11 @@ def _split(
     files: list[str] = []
     flags: list[tuple[str, Any, str]] = []
     words = list(argv)
+    problems += [
+        f"{word.encode('utf-8', 'backslashreplace').decode()}: not UTF-8 text; rename the file or folder"
+        for word in words
+        if any("\ud800" <= character <= "\udfff" for character in word)
+    ]
     while words:
         word = words.pop(0)
         pair = KEY_VALUE.fullmatch(word)
@@ -214,14 +230,18 @@ def _converted(given: Iterable[_Given], table: dict[str, Setting], problems: lis
         try:
             values[item.name] = convert(_as_text(item), table[item.name].annotation)
         except BadValue as error:
-            problems.append(f"{item.where} {item.value}: {error}")
+            problems.append(f"{item.where} {shortened(str(item.value))}: {error}")
     return values
 
 
 def _as_text(item: _Given) -> Any:
-    """LLaMA-Factory writes `resume_from_checkpoint: true|null` and lists of modules; ours are texts."""
+    """LLaMA-Factory writes `resume_from_checkpoint: true|null`; ours is a text."""
     if item.name == "resume" and str(item.value).lower() in ("true", "false"):
         return "auto" if str(item.value).lower() == "true" else None
-    if isinstance(item.value, list):
-        return ",".join(map(str, item.value))
     return item.value
+
+
+def _located(problem: str, given: dict[str, _Given]) -> str:
+    """A group's message opens with the flag; where a settings file gave the value, its line is put before it."""
+    item = given.get(problem.partition(" ")[0].removeprefix("--"))
+    return f"{item.where}: {problem}" if item and not item.where.startswith("--") else problem

@@ -11,13 +11,24 @@ from dataclasses import dataclass
 from typing import Literal
 
 from unsloth_factory.config.errors import UsageError
+from unsloth_factory.config.values import Seconds
 
 Engine = Literal["auto", "fast", "unsloth", "standard"]
 FinetuningType = Literal["lora", "full", "freeze"]
 SchedulerType = Literal["cosine", "linear", "constant"]
 OptimizerType = Literal["adamw", "adamw_8bit", "paged_adamw_8bit"]
 LongSamples = Literal["shorten_prompt", "drop"]
+BadRows = Literal["auto", "skip", "refuse"]
+DuplicateRows = Literal["keep", "drop", "drop_near"]
+LeakingRows = Literal["warn", "drop", "refuse"]
 BaseWeights = Literal["auto", "as_trained", "original"]
+BestMetric = Literal[
+    "loss", "exact_match", "term_coverage", "association_coverage", "rewards/accuracies", "rewards/margins"
+]
+ANSWER_METRICS = ("exact_match", "term_coverage", "association_coverage")
+FEWEST_SCORED = 8
+"""Generated answers from which a share is worth printing."""
+Forgetting = Literal["warn", "stop", "replay", "off"]
 
 
 def _require(condition: bool, flag: str, value: object, rule: str) -> None:
@@ -68,7 +79,16 @@ class DataSettings:
     eval_dataset: str | None = None
     """Evaluation samples from a file of their own instead of --val_split."""
     encoding: str = "auto"
-    """Text encoding of the files; auto detects UTF-8, GBK and GB18030."""
+    """Text encoding of the files; auto detects UTF-8, GBK, GB18030, and UTF-16 with its mark."""
+    bad_rows: BadRows = "auto"
+    """Rows that cannot be used: auto leaves them out and counts them, but refuses a file with broken lines; skip leaves
+    these out too, and answers that repeat the question; refuse takes no file with any."""
+    duplicates: DuplicateRows = "keep"
+    """Rows that repeat an earlier one: keep only counts them, drop leaves out exact repeats, drop_near also those that
+    differ in case, blanks or a few characters."""
+    leakage: LeakingRows = "warn"
+    """Training rows that give held-out samples away: warn names each, drop leaves them out of the training, refuse
+    stops."""
 
     def __post_init__(self) -> None:
         _require(self.max_seq_length >= 16, "max_seq_length", self.max_seq_length, "at least 16 tokens")
@@ -175,10 +195,108 @@ class RunSettings:
     """Optimizer steps between evaluations. Default: as --save_steps."""
     report_to: str = "none"
     """Trackers by commas: tensorboard, wandb, swanlab, mlflow."""
+    time_budget: Seconds | None = None
+    """End within this time, the start of the process, evaluations and saving included: 90, 90s, 5m, 2.5h, 1h30m. The
+    learning rate decays to the last step that fits. A resumed run has the time anew."""
+    extend_epochs: float | None = None
+    """With --resume: train this many epochs beyond --epochs (or --max_steps), with a warm-up and decay of their own.
+    Repeat the same number to resume the extension; a larger one extends further."""
 
     def __post_init__(self) -> None:
         for flag in ("save_steps", "save_total_limit", "logging_steps"):
             _require(getattr(self, flag) >= 1, flag, getattr(self, flag), "at least 1")
+        for flag in ("time_budget", "extend_epochs"):
+            value = getattr(self, flag)
+            _require(value is None or value > 0, flag, value, "above 0")
+        if self.extend_epochs is not None and self.resume is None:
+            raise UsageError(
+                f"--extend_epochs {self.extend_epochs:g}: continues an earlier training; add --resume auto"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class WatchSettings:
+    """What is looked at every --eval_steps, and what follows from it."""
+
+    metric_for_best: BestMetric = "loss"
+    """Figure of an evaluation that tells the best one: loss on the held-out samples, or a share over the generated
+    answers (exact_match, term_coverage, association_coverage), or with dpo rewards/accuracies, rewards/margins."""
+    early_stopping_patience: int | None = None
+    """End the training after this many evaluations in a row that were no better than the best one. Default: never."""
+    early_stopping_min_delta: float = 0.0
+    """Smallest change of --metric_for_best that counts as better."""
+    load_best: bool | None = None
+    """Take the final weights from the best evaluation instead of the last step. Default: with
+    --early_stopping_patience and with --forgetting stop, otherwise not."""
+    no_keep_best: bool = False
+    """Let the checkpoint of the best evaluation be deleted like any other (see --save_total_limit)."""
+    sample_generations: int | None = None
+    """Held-out questions that are answered at each evaluation and kept in generations.jsonl; from 8 on the answers are
+    scored too. Default: 2, or 32 when --metric_for_best needs answers; 0 for none."""
+    sample_max_new_tokens: int = 128
+    """Longest of these answers, tokens."""
+    forgetting: Forgetting = "warn"
+    """When the loss on general questions rises past --forgetting_limit: warn, stop, or replay (mix general rows into
+    the steps that follow)."""
+    forgetting_limit: float = 0.3
+    """Largest rise over the loss before step 1, nats a token; 0.3 makes each right token a quarter less likely."""
+    general_dataset: str | None = None
+    """General questions and answers of your own. Default: 64 bundled ones, Chinese and English. Half of the rows are
+    measured, the other half is what replay uses."""
+    replay_samples: int = 2
+    """General rows in each optimizer step once replay has begun."""
+
+    def __post_init__(self) -> None:
+        for flag in ("early_stopping_patience", "sample_max_new_tokens", "replay_samples"):
+            value = getattr(self, flag)
+            _require(value is None or value >= 1, flag, value, "at least 1")
+        _require(self.early_stopping_min_delta >= 0, "early_stopping_min_delta", self.early_stopping_min_delta, "0 up")
+        _require(self.forgetting_limit > 0, "forgetting_limit", self.forgetting_limit, "above 0, such as 0.3")
+        number = self.sample_generations
+        _require((number or 0) >= 0, "sample_generations", number, "0 or more")
+        if self.answers_scored and number is not None and number < FEWEST_SCORED:
+            raise UsageError(
+                f"--sample_generations {number}: --metric_for_best {self.metric_for_best} needs {FEWEST_SCORED} or more"
+            )
+        if self.no_keep_best and self.takes_best:
+            raise UsageError(
+                "--no_keep_best True: the final weights are to come from the best checkpoint; leave it out"
+            )
+
+    @property
+    def answers_scored(self) -> bool:
+        """The best evaluation is told by generated answers."""
+        return self.metric_for_best in ANSWER_METRICS
+
+    @property
+    def answers(self) -> int:
+        """Held-out questions that each evaluation answers."""
+        if self.sample_generations is not None:
+            return self.sample_generations
+        return 32 if self.answers_scored else 2
+
+    @property
+    def takes_best(self) -> bool:
+        """The final weights are those of the best evaluation."""
+        if self.load_best is not None:
+            return self.load_best
+        return self.early_stopping_patience is not None or self.forgetting == "stop"
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuardSettings:
+    """What happens when the numbers of a training go wrong."""
+
+    max_bad_steps: int = 10
+    """Steps in a row whose loss or gradient is NaN or infinite before --on_bad_steps acts. None of them is applied."""
+    on_bad_steps: Literal["rewind", "stop"] = "rewind"
+    """Go back to the last checkpoint with half the learning rate, once, and stop the second time; or stop at once."""
+    loss_spike: Literal["warn", "skip", "rewind", "off"] = "warn"
+    """A step whose loss or gradient is far above the recent ones: name its samples; skip it too; or skip it, and go
+    back with half the learning rate, once, after three in a row."""
+
+    def __post_init__(self) -> None:
+        _require(self.max_bad_steps >= 1, "max_bad_steps", self.max_bad_steps, "at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ import numpy as np
 from unsloth_factory.config.errors import UserError
 from unsloth_factory.config.settings import LongSamples
 from unsloth_factory.data.template import ChatTemplate
-from unsloth_factory.data.types import Conversation, DataReport, PreferencePair, TokenPair, TokenSample, Turn
+from unsloth_factory.data.types import LISTED, Conversation, DataReport, PreferencePair, TokenPair, TokenSample, Turn
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -21,6 +21,8 @@ CHUNK = 256
 GAP = " … "
 # A question cut to less than this many characters says nothing: the row is dropped instead.
 MIN_QUESTION = 8
+# No text has more on average (English 4 to 5): what is longer than so many times the limit is cut before it is encoded.
+CHARACTERS_PER_TOKEN = 16
 _Item = TypeVar("_Item")
 _Row = TypeVar("_Row", bound=TokenSample | TokenPair)
 
@@ -72,7 +74,7 @@ def encode_pairs(
         for pair, encoded in zip(part, template.encode_pairs(part), strict=True):
             if _length(encoded) > max_seq_length:
                 shorter = _shorten_pair(pair, template, max_seq_length) if long_samples == "shorten_prompt" else None
-                _count(report, shorter)
+                _count(report, shorter, pair.source, max_seq_length)
                 if shorter is None:
                     continue
                 encoded = shorter
@@ -125,7 +127,7 @@ def _fit(
             if long_samples == "shorten_prompt":
                 *prompt, answer = _until_answer(conversation.turns, number)
                 shorter, _ = _shorten(tuple(prompt), _answer_encoder(template, answer, conversation), limit)
-            _count(report, shorter)
+            _count(report, shorter, conversation.source, limit)
         if shorter is not None:
             fitting.append(shorter)
     return fitting
@@ -151,7 +153,7 @@ def _windows(conversation: Conversation, template: ChatTemplate, limit: int, rep
         start = opening
         if row is not None and len(row.ids) > limit:
             row, start = _shorten(turns[:-1], encode, limit)
-            _count(report, row)
+            _count(report, row, conversation.source, limit)
         if row is not None:
             windows.insert(0, row)
         turns = turns[:start]
@@ -197,11 +199,11 @@ def _shorten(
         turn = replace(kept[longest], content=_without_middle(content, characters))
         return encode((*kept[:longest], turn, *kept[longest + 1 :]))
 
-    return _largest_fit(cut, len(content) - 1, limit), starts[-1]
+    return _largest_fit(cut, min(len(content) - 1, CHARACTERS_PER_TOKEN * limit), limit), starts[-1]
 
 
 def _largest_fit(cut: Callable[[int], _Row], most: int, limit: int) -> _Row | None:
-    """Bisect the number of characters kept, to within 1/64 of the text."""
+    """Bisect the number of characters kept, to within 1/64 of `most`."""
     best = None
     low, high = min(MIN_QUESTION, most), most
     step = max(1, most // 64)
@@ -226,11 +228,13 @@ def _length(row: TokenSample | TokenPair) -> int:
     return len(row.ids) if isinstance(row, TokenSample) else max(len(row.chosen.ids), len(row.rejected.ids))
 
 
-def _count(report: DataReport, shorter: object | None) -> None:
-    if shorter is None:
-        report.dropped_too_long += 1
-    else:
+def _count(report: DataReport, shorter: object | None, source: str, limit: int) -> None:
+    if shorter is not None:
         report.shortened += 1
+        return
+    report.dropped_too_long += 1
+    if len(report.skipped_examples) < LISTED:
+        report.skipped_examples.append(f"{source} longer than {limit} tokens")
 
 
 def _require_trained(sample: TokenSample) -> None:
@@ -242,7 +246,8 @@ def _finish(report: DataReport, samples: Sequence[TokenSample], given: int, limi
     if not samples:
         raise UserError(
             f"No sample is left of {given}: all are longer than --max_seq_length {limit}. "
-            "Raise it, or keep --long_samples shorten_prompt, which cuts prompts but not answers."
+            "Raise it, or keep --long_samples shorten_prompt, which cuts prompts but not answers. "
+            f"Such as: {'; '.join(report.skipped_examples[-3:])}."
             if given
             else "There is no sample to train on."
         )

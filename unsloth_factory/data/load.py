@@ -12,9 +12,11 @@ from unsloth_factory.config.settings import DataSettings
 from unsloth_factory.data.formats import BY_NAME, Parsed, RowProblem, Shape, find_shape, named_shape
 from unsloth_factory.data.readers import Table, read_table
 from unsloth_factory.data.sources import Source, resolve
-from unsloth_factory.data.types import Conversation, DataReport, PreferencePair, Turn
+from unsloth_factory.data.types import LISTED, Conversation, DataReport, PreferencePair, Turn
 
-_SHOWN_EXAMPLES = 10
+MAX_CHARACTERS = 1_000_000
+"""Longest row: a quarter of a million tokens at least, more than any sequence length, and two seconds to encode."""
+_SHOWN_ROWS = 5
 # Columns of LLaMA-Factory's registry that carry nothing for these methods; media columns are checked by the shapes.
 _IGNORED_ROLES = frozenset({"tools", "kto_tag"})
 _MEDIA_ROLES = frozenset({"images", "videos", "audios"})
@@ -78,9 +80,8 @@ def _load(
         room = None if settings.data_limit is None else settings.data_limit - len(items)
         if room == 0:
             break
-        items += _load_file(source, preference, make, settings.encoding, room, report)
+        items += _load_file(source, preference, make, settings, room, report)
     report.used = len(items)
-    _note(report, "exact duplicates (kept)", len(items) - len({content_key(item) for item in items}))
     return items, report
 
 
@@ -88,18 +89,17 @@ def _load_file(
     source: Source,
     preference: bool,
     build: Callable[[Parsed, str], _Item],
-    encoding: str,
+    settings: DataSettings,
     room: int | None,
     report: DataReport,
 ) -> list[_Item]:
-    table = read_table(source.path, encoding)
+    table = read_table(source.path, settings.encoding, skip_broken=settings.bad_rows == "skip")
     shape = _choose_shape(source, table, preference)
     rename = _renaming(source, shape, table)
     items: list[_Item] = []
     problems: list[tuple[str, str]] = []
-    rows = table.rows[: source.limit]
     seen = 0
-    for row in rows:
+    for row in table.rows[: source.limit]:
         if room is not None and len(items) == room:
             break
         seen += 1
@@ -108,13 +108,11 @@ def _load_file(
             if row.values is None:
                 raise RowProblem(row.problem or "unreadable")
             parsed = shape.parse(rename(row.values), source.tags)
+            _check_texts(parsed)
+            _look_at(parsed, settings, report)
         except RowProblem as problem:
             problems.append((where, str(problem)))
             continue
-        _note(report, "turns of the same role joined", parsed.merged)
-        answer = parsed.chosen or parsed.turns[-1]
-        question = parsed.turns[-1 if parsed.chosen else -2]
-        _note(report, "answer equals question", int(answer.content == question.content))
         items.append(build(parsed, where))
     report.rows += seen
     report.files.append(
@@ -123,7 +121,49 @@ def _load_file(
     )
     _record_problems(report, problems)
     _refuse_mostly_bad(source, shape, table, len(items), problems)
+    if problems and settings.bad_rows == "refuse":
+        raise UserError(
+            f"{source.path}: {len(problems)} of {seen} rows cannot be used ({_listed_rows(problems)}). "
+            "Mend them, or leave them out with --bad_rows skip."
+        )
     return items
+
+
+def _check_texts(parsed: Parsed) -> None:
+    """Refuse what no tokenizer and no file can hold, whichever reader it came through.
+
+    Raises:
+        RowProblem: A NUL character, half of a surrogate pair, or more than MAX_CHARACTERS.
+    """
+    turns = [turn for turn in (*parsed.turns, parsed.chosen, parsed.rejected) if turn]
+    texts = [text for turn in turns for text in (turn.content, turn.reasoning or "")]
+    length = sum(map(len, texts))
+    if length > MAX_CHARACTERS:
+        raise RowProblem(f"more than {MAX_CHARACTERS:,} characters")
+    for text in texts:
+        if "\0" in text:
+            raise RowProblem("a NUL character in the text")
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError:
+            raise RowProblem("half of a surrogate pair in the text") from None
+
+
+def _look_at(parsed: Parsed, settings: DataSettings, report: DataReport) -> None:
+    """Note what is odd about a usable row.
+
+    Raises:
+        RowProblem: The answer repeats the question, and the policy on bad rows is strict.
+    """
+    answer = parsed.chosen or parsed.turns[-1]
+    question = parsed.turns[-1 if parsed.chosen else -2]
+    if answer.content == question.content:
+        if settings.bad_rows != "auto":
+            raise RowProblem("answer equals question")
+        _note(report, "answers equal to their question (kept)", 1)
+    _note(report, "turns of the same role joined", parsed.merged)
+    broken = any("\ufffd" in turn.content for turn in (*parsed.turns, answer))
+    _note(report, "rows with U+FFFD, where an earlier program lost characters", int(broken))
 
 
 def _choose_shape(source: Source, table: Table, preference: bool) -> Shape:
@@ -173,7 +213,8 @@ def _renaming(source: Source, shape: Shape, table: Table) -> Callable[[Mapping[s
             continue
         if role not in shape.roles and role not in _MEDIA_ROLES:
             raise UserError(
-                f"--columns {role}={column}: unknown role. Known for {shape.name}: {', '.join(shape.roles)}."
+                f"{source.path}: --columns {role}={column}: unknown role. "
+                f"Known for {shape.name}: {', '.join(shape.roles)}."
             )
         if column not in table.columns:
             raise UserError(
@@ -202,21 +243,21 @@ def _prepare(parsed: Parsed, system: str | None, normalizer: Normalizer | None, 
     return replace(parsed, turns=turns, chosen=chosen, rejected=rejected)
 
 
-def content_key(item: Conversation | PreferencePair) -> tuple[Turn, ...]:
-    """What two exact duplicates have in common: everything but their place."""
-    return item.turns if isinstance(item, Conversation) else (*item.prompt, item.chosen, item.rejected)
-
-
 def _note(report: DataReport, what: str, count: int) -> None:
     if count:
         report.notes[what] = report.notes.get(what, 0) + count
 
 
 def _record_problems(report: DataReport, problems: list[tuple[str, str]]) -> None:
-    for where, reason in problems:
+    for _, reason in problems:
         report.skipped[reason] = report.skipped.get(reason, 0) + 1
-        if len(report.skipped_examples) < _SHOWN_EXAMPLES:
-            report.skipped_examples.append(f"{where} {reason}")
+    room = LISTED - len(report.skipped_examples)
+    report.skipped_examples += [f"{where} {reason}" for where, reason in problems[:room]]
+
+
+def _listed_rows(problems: list[tuple[str, str]]) -> str:
+    more = f"; and {len(problems) - _SHOWN_ROWS} more" if len(problems) > _SHOWN_ROWS else ""
+    return "; ".join(f"{where} {reason}" for where, reason in problems[:_SHOWN_ROWS]) + more
 
 
 def _refuse_mostly_bad(source: Source, shape: Shape, table: Table, used: int, problems: list[tuple[str, str]]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -90,8 +91,11 @@ def _split_limit(spec: str, dataset_dir: str | None) -> tuple[str, int | None]:
 
 
 def _find_path(name: str, dataset_dir: str | None) -> Path | None:
-    candidates = [Path(name).expanduser(), *([Path(dataset_dir).expanduser() / name] if dataset_dir else [])]
-    return next((path for path in candidates if path.exists()), None)
+    # os.path: Path.expanduser raises at a user that does not exist.
+    folders = [Path(), *([Path(os.path.expanduser(dataset_dir))] if dataset_dir else [])]
+    candidates = [folder / os.path.expanduser(name) for folder in folders]
+    # os.path.exists: a list of many files is longer than a file name may be, which Path.exists raises at.
+    return next((path for path in candidates if os.path.exists(path)), None)
 
 
 def _read_registry(folder: Path) -> dict[str, Any]:
@@ -100,7 +104,7 @@ def _read_registry(folder: Path) -> dict[str, Any]:
         return {}
     try:
         entries = json.loads(path.read_text(encoding="utf-8-sig"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: broken JSON ({error}). Mend it; it lists the data sets of this folder.") from None
     if not isinstance(entries, dict) or not all(isinstance(entry, dict) for entry in entries.values()):
         raise UserError(f"{path}: an object of name -> entry is expected.")
@@ -115,26 +119,66 @@ def _from_registry(name: str, entries: Mapping[str, Any], folder: Path, limit: i
             f"{folder / REGISTRY}: {name} is not a local file ({hub}), and data is not downloaded. "
             "Download it yourself and give the file to --dataset, or add file_name to the entry."
         )
+    _check_entry(name, entry, folder)
     path = folder / entry["file_name"]
     if not path.is_file():
         raise UserError(f"{folder / REGISTRY}: {name} names the file {path}, which does not exist.{_near(path)}")
-    return _source(path, entry, name, limit or entry.get("num_samples"))
+    _check_link(path, folder, name)
+    return _source(path, entry, limit or entry.get("num_samples"))
+
+
+def _check_link(path: Path, folder: Path, name: str) -> None:
+    """A registry comes with its data: a link in it must not read another file of this machine.
+
+    Links of a hub's local copy into its own store (snapshots/REVISION/FILE -> blobs/HASH) are fine.
+    """
+    target, root = path.resolve(), folder.resolve()
+    store = root.parent.parent / "blobs"
+    if not target.is_relative_to(root) and not (root.parent.name == "snapshots" and target.is_relative_to(store)):
+        raise UserError(
+            f"{folder / REGISTRY}: {name} names {path.name}, a link to {target} outside the folder of the registry; "
+            "give that file to --dataset itself."
+        )
 
 
 def _with_neighbour(source: Source) -> Source:
     """A file given by path takes its columns and tags from the registry beside it, if that lists it."""
     for name, entry in _read_registry(source.path.parent).items():
         if entry.get("file_name") == source.path.name:
-            return _source(source.path, entry, name, source.limit)
+            _check_entry(name, entry, source.path.parent)
+            return _source(source.path, entry, source.limit)
     return source
 
 
-def _source(path: Path, entry: Mapping[str, Any], name: str, limit: int | None) -> Source:
+def _check_entry(name: str, entry: Mapping[str, Any], folder: Path) -> None:
+    """Every key that is used has its type, and the file lies in the registry's folder.
+
+    Raises:
+        UserError: Names the registry, the entry, the key and what it should be.
+    """
+
+    def require(fits: bool, key: str, what: str) -> None:
+        if not fits:
+            raise UserError(f"{folder / REGISTRY}: {name} has {key} {entry[key]!r}; {what}.")
+
+    for key in ("columns", "tags"):
+        pairs = entry.get(key) or {}
+        plain = isinstance(pairs, dict) and all(isinstance(value, str) for value in pairs.values())
+        require(plain, key, "an object of texts is expected")
+    file, rows = entry["file_name"], entry.get("num_samples")
+    require(isinstance(file, str), "file_name", "the name of a file is expected")
+    inside = not Path(file).is_absolute() and ".." not in Path(file).parts
+    require(inside, "file_name", "it must lie below the folder of the registry; give other files to --dataset")
+    whole = rows is None or (isinstance(rows, int) and not isinstance(rows, bool) and rows >= 1)
+    require(whole, "num_samples", "a number of at least 1 is expected")
     formatting = entry.get("formatting", "alpaca")
-    if formatting not in _FORMATTING:
-        raise UserError(f"{REGISTRY}: {name} has formatting {formatting!r}. Known: {', '.join(_FORMATTING)}.")
-    shape = "preference" if entry.get("ranking") else _FORMATTING[formatting]
-    return Source(path, limit, shape, entry.get("columns"), _tags(entry.get("tags") or {}))
+    known = isinstance(formatting, str) and formatting in _FORMATTING
+    require(known, "formatting", f"known are {', '.join(_FORMATTING)}")
+
+
+def _source(path: Path, entry: Mapping[str, Any], limit: int | None) -> Source:
+    shape = "preference" if entry.get("ranking") else _FORMATTING[entry.get("formatting", "alpaca")]
+    return Source(path, limit, shape, entry.get("columns") or None, _tags(entry.get("tags") or {}))
 
 
 def _tags(tags: Mapping[str, str]) -> Tags:

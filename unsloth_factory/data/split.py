@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,20 +11,24 @@ from typing import Any, TypeVar
 import numpy as np
 
 from unsloth_factory.config.errors import UserError
-from unsloth_factory.data.load import content_key
+from unsloth_factory.data.duplicates import content_key
 from unsloth_factory.data.types import Conversation, PreferencePair, Turn
 from unsloth_factory.run.atomic import write_text
 
 _Item = TypeVar("_Item", Conversation, PreferencePair)
 
 
-def split_validation(items: Sequence[_Item], val_split: float, seed: int) -> tuple[list[_Item], list[_Item]]:
+def split_validation(
+    items: Sequence[_Item], val_split: float, seed: int, groups: Sequence[int] | None = None
+) -> tuple[list[_Item], list[_Item]]:
     """(training items, held-out items), both in the given order.
 
     Args:
-        items: All items. Exact duplicates stay together, so that none is trained on and validated on.
+        items: All items.
         val_split: A share below 1, or a number of items; 0 holds out none.
         seed: The same items and seed give the same split.
+        groups: Items with the same number stay together, so that none of a group is trained on and validated on.
+            Default: exact duplicates.
 
     Raises:
         UserError: Nothing would be left to train on.
@@ -36,10 +40,10 @@ def split_validation(items: Sequence[_Item], val_split: float, seed: int) -> tup
         raise UserError(
             f"--val_split {val_split} holds out {wanted} of {len(items)} samples and leaves none to train on."
         )
-    groups: dict[tuple[Turn, ...], list[int]] = {}
-    for index, item in enumerate(items):
-        groups.setdefault(content_key(item), []).append(index)
-    members = list(groups.values())
+    together: dict[Hashable, list[int]] = {}
+    for index, key in enumerate(groups if groups is not None else map(content_key, items)):
+        together.setdefault(key, []).append(index)
+    members = list(together.values())
     order = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed % 2**64, 0x5417]))).permutation(
         len(members)
     )

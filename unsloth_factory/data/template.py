@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from unsloth_factory.config.errors import UserError
+from unsloth_factory.data import template_sandbox
 from unsloth_factory.data.control_tokens import ControlTokens
 from unsloth_factory.data.thinking import CLOSE, EMPTY_AT_END, OPEN, OPEN_AT_END, split_thinking
 from unsloth_factory.data.types import Conversation, PreferencePair, TokenPair, TokenSample, Turn
@@ -237,7 +238,7 @@ class ChatTemplate:
         return self._render(turns, source, add_generation_prompt=True, **switch)
 
     def _render(self, turns: Sequence[Turn], source: str, **switches: Any) -> str:
-        from jinja2 import TemplateError
+        from jinja2 import TemplateError, TemplateSyntaxError
 
         messages = []
         for turn in turns:
@@ -246,8 +247,16 @@ class ChatTemplate:
                 message["reasoning_content"] = self._control.protect(turn.reasoning)
             messages.append(message)
         try:
-            return self.tokenizer.apply_chat_template(messages, chat_template=self.source, tokenize=False, **switches)
-        except TemplateError as error:
+            return template_sandbox.render(self.tokenizer, self.source, messages, switches)
+        except UserError:
+            raise
+        except TemplateSyntaxError as error:
+            raise UserError(
+                f"The chat template is broken in line {error.lineno}: {error.message}. "
+                "Mend it, or give another one: --chat_template chatml, or --chat_template FILE.jinja."
+            ) from None
+        except (TemplateError, ArithmeticError, LookupError, TypeError, ValueError, AttributeError) as error:
+            # A template is a program: what its expressions raise comes through as it is.
             roles = ", ".join(turn.role for turn in turns)
             raise UserError(
                 f"{source}: the model's chat template refuses these turns ({roles}): {error}. "
@@ -322,5 +331,10 @@ def _named_template(name: str, tokenizer: Any) -> str:
         return _CHATML.replace("END_OF_TURN", end or "")
     path = Path(name)
     if path.is_file():
-        return path.read_text(encoding="utf-8")
+        try:
+            return path.read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f"--chat_template {name}: not UTF-8 text (byte {error.start}); a Jinja file saved as UTF-8 is expected."
+            ) from None
     raise UserError(f"--chat_template {name}: neither a built-in name (chatml) nor a file. Check the path.")

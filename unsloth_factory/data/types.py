@@ -7,6 +7,8 @@ from typing import Literal
 
 import numpy as np
 
+LISTED = 1000
+"""Rows that a report names one by one; it counts the rest."""
 Role = Literal["system", "user", "assistant", "tool"]
 
 
@@ -68,11 +70,15 @@ class DataReport:
     skipped: dict[str, int] = field(default_factory=dict)
     """reason -> rows, e.g. "empty answer"."""
     skipped_examples: list[str] = field(default_factory=list)
-    """First few: "file:row reason"."""
+    """The first thousand: "file:row reason"."""
     tokens: dict[str, float] = field(default_factory=dict)
     """total, trained, trained_share (0 to 1), mean, p50, p95, max."""
     shortened: int = 0
     dropped_too_long: int = 0
     terms_normalized: int = 0
+    duplicates: list[str] = field(default_factory=list)
+    """The first thousand: "file:row = file:row", nearly equal ones with ~."""
+    leaks: list[str] = field(default_factory=list)
+    """The first thousand held-out rows that a training row gives away: "file:row <- file:row (how)"."""
     notes: dict[str, int] = field(default_factory=dict)
-    """What was done to used rows or found in them, e.g. "turns of the same role joined", "exact duplicates (kept)"."""
+    """What was done to used rows or found in them, e.g. "turns of the same role joined"."""

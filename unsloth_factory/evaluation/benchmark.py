@@ -15,6 +15,7 @@ import yaml
 
 from unsloth_factory.config.errors import UsageError, UserError
 
+MAX_BYTES = 1 << 20
 FOLDER = Path(__file__).parent / "benchmarks"
 
 
@@ -98,9 +99,11 @@ def load_benchmark(name_or_path: str) -> Benchmark:
         close = difflib.get_close_matches(name_or_path, known, n=1)
         hint = f" Did you mean {close[0]}?" if close else ""
         raise UsageError(f"--task {name_or_path}: no such benchmark.{hint} Known: {', '.join(known)}, or a YAML file.")
+    if path.stat().st_size > MAX_BYTES:
+        raise UserError(f"{path}: {path.stat().st_size} bytes; the file of a benchmark has at most {MAX_BYTES}.")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
         raise UserError(f"{path} is not readable YAML: {error}") from error
     if not isinstance(values, dict):
         raise UserError(f"{path} must hold keys and values, such as those of {FOLDER / 'ceval.yaml'}.")

@@ -6,7 +6,6 @@ arXiv 2312.03732): s = alpha / sqrt(r). Ranks are read from the matrices themsel
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from dataclasses import dataclass
@@ -17,6 +16,8 @@ import torch
 from safetensors import safe_open
 
 from unsloth_factory.config.errors import UserError
+from unsloth_factory.model.foreign_code import refuse_adapter_code
+from unsloth_factory.model.weight_files import read_json
 
 CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -29,6 +30,7 @@ KNOWN_SETTINGS = {
     "init_lora_weights", "runtime_config", "megatron_core", "qalora_group_size", "loftq_config",
 }  # fmt: skip
 # Initialisations that also change the base weights: without those the merged model would be another one.
+PEFT_ALPHA = 8  # peft's default
 BASE_CHANGING = ("pissa", "olora", "corda", "loftq", "eva_residual")
 
 
@@ -68,7 +70,9 @@ class Adapter:
         for name in (CONFIG_NAME, WEIGHTS_NAME):
             if not (self.folder / name).is_file():
                 raise UserError(f"{self.folder} is not an adapter folder: {name} is missing. Give --run or --adapter.")
-        return json.loads((self.folder / CONFIG_NAME).read_text(encoding="utf-8"))
+        config = read_json(self.folder / CONFIG_NAME)
+        refuse_adapter_code(self.folder / CONFIG_NAME, config)
+        return config
 
     def _refuse_unknown(self) -> None:
         config = self.config
@@ -128,7 +132,7 @@ class Adapter:
 
     def _scale(self, module: str, rank: int) -> float:
         """Alpha / r, or alpha / sqrt(r); patterns are matched as peft matches them (the whole name or its end)."""
-        alpha = self.config["lora_alpha"]
+        alpha = self.config.get("lora_alpha", PEFT_ALPHA)
         for pattern, value in (self.config.get("alpha_pattern") or {}).items():
             if re.match(rf"(.*\.)?({pattern})$", module):
                 alpha = value

@@ -20,6 +20,7 @@ from unsloth_factory.inference.child import serve
 
 def _refuse_remote_code() -> None:
     import transformers
+    import transformers.dynamic_module_utils
 
     def guarded(original: Callable) -> Callable:
         @functools.wraps(original)
@@ -32,6 +33,12 @@ def _refuse_remote_code() -> None:
         automatic = getattr(transformers, name, None)
         if automatic is not None:
             automatic.from_pretrained = guarded(automatic.from_pretrained)
+
+    def refuse(name: str, *_: Any, **__: Any) -> None:
+        raise UserError(f"the model folder's own Python code ({name}) is never run; use a model that needs none.")
+
+    # All of transformers' remote code, of whatever class, is imported by this one function.
+    transformers.dynamic_module_utils.get_class_in_module = refuse  # type: ignore[assignment]
 
 
 def _import_converter(folder: str) -> ModuleType:

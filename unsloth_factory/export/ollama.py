@@ -50,8 +50,8 @@ class OllamaServer:
             UsageError: It is no address.
         """
         text = host or os.environ.get("OLLAMA_HOST") or "127.0.0.1"
-        parts = urlsplit(text if "://" in text else f"http://{text}")
         try:
+            parts = urlsplit(text if "://" in text else f"http://{text}")
             port = parts.port or (
                 443 if parts.scheme == "https" else 80 if "://" in text and not parts.port else DEFAULT_PORT
             )
@@ -108,13 +108,19 @@ class OllamaServer:
                     raise UserError(f"Ollama at {self.address} refuses {path.name}: {_reason(response)}")
         return True
 
-    def create(self, name: str, gguf: Path, model: OllamaModel) -> None:
+    def create(self, name: str, gguf: Path, model: OllamaModel, *, digest: str | None = None) -> None:
         """Create or replace a model.
+
+        Args:
+            name: Its name in Ollama.
+            gguf: The file, compared with SHA256SUMS unless its `digest` is given.
+            model: What Ollama has to know beside the weights.
+            digest: SHA-256 of the file; the server compares it with what arrives.
 
         Raises:
             UserError: Any step failed. Ollama reports errors inside a stream that began with status 200.
         """
-        digest = verify_file(gguf)
+        digest = digest or verify_file(gguf)
         self.upload(gguf, digest)
         body: dict[str, Any] = {"model": check_name(name), "files": {gguf.name: f"sha256:{digest}"}, "stream": True}
         body |= {"parameters": model.parameters}
@@ -130,7 +136,7 @@ class OllamaServer:
             for line in response:
                 if not line.strip():
                     continue
-                last = json.loads(line)
+                last = _status(line)
                 if "error" in last:
                     raise UserError(f"Ollama at {self.address} cannot create {name}: {last['error']}")
                 if last.get("status"):
@@ -143,6 +149,15 @@ def _chunks(file: Any, advance: Callable[[int], None]) -> Iterator[bytes]:
     while piece := file.read(UPLOAD_CHUNK):
         advance(len(piece))
         yield piece
+
+
+def _status(line: bytes) -> dict[str, Any]:
+    """One line of the answer's stream; what is no JSON object is an error of the server."""
+    try:
+        value = json.loads(line)
+    except ValueError:
+        value = None
+    return value if isinstance(value, dict) else {"error": f"it answers {line[:200].decode('utf-8', 'replace')!r}"}
 
 
 def _reason(response: http.client.HTTPResponse) -> str:

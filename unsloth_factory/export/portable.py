@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from unsloth_factory.model.store import copy_auxiliary
+from unsloth_factory.model.store import copy_auxiliary, copy_matching
 from unsloth_factory.model.weight_files import read_json
 
 LEGAL_PATTERNS = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
@@ -58,8 +57,7 @@ def write_companions(base: Path, folder: Path, dtype: torch.dtype, *, untied: bo
         chat_template: Template that the run was trained with, when it is not the base's own.
     """
     copy_auxiliary(base, folder)
-    for path in (path for pattern in LEGAL_PATTERNS for path in base.glob(pattern)):
-        shutil.copyfile(path, folder / path.name)
+    copy_matching(base, folder, LEGAL_PATTERNS)
     config = portable_config(read_json(base / "config.json"), dtype, untied=untied)
     _write_json(folder / "config.json", config)
     tokenizer_path = folder / "tokenizer_config.json"

@@ -17,6 +17,10 @@ FRAGMENTS = (
 )  # fmt: skip
 
 
+PROBE_CONVERSATIONS = 50
+TYPED = 3  # of them hold control tokens typed by a user
+
+
 def probe_texts(count: int = 1000, seed: int = 3407) -> list[str]:
     """Seeded mixtures of scripts, digits, blanks, code and joined emoji; all in NFC, which llama.cpp does not apply."""
     source = random.Random(seed)
@@ -59,7 +63,26 @@ def probe_conversations(control_tokens: Sequence[str], system: str | None = None
     ]
     if system:
         probes.append((Turn("system", system), *_user("请介绍一下你自己。")))
-    return probes + [_user(text) for text in typed_control_texts(control_tokens)]
+    mixed = _mixed_conversations(PROBE_CONVERSATIONS - len(probes) - TYPED)
+    return probes + mixed + [_user(text) for text in typed_control_texts(control_tokens)]
+
+
+def _mixed_conversations(count: int, seed: int = 3407) -> list[tuple[Turn, ...]]:
+    """Seeded conversations of one to four rounds out of the fragments, some with a system prompt.
+
+    Without pieces that could close a <think> block: templates take such an answer apart.
+    """
+    source = random.Random(seed)
+    fragments = [text for text in FRAGMENTS if text not in ("</", "<|", "think")]
+
+    def text() -> str:
+        return "".join(source.choices(fragments, k=source.randint(1, 8))).strip() or "好"
+
+    made = []
+    for number in range(count):
+        turns = _user(*(text() for _ in range(2 * source.randint(0, 3) + 1)))
+        made.append((Turn("system", text()), *turns) if number % 3 == 0 else turns)
+    return made
 
 
 def typed_control_texts(control_tokens: Sequence[str]) -> list[str]:

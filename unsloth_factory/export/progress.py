@@ -11,16 +11,16 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from unsloth_factory.export.result import ExportResult
 
 
-def say(text: str) -> None:
-    """Print one line (rich markup; plain without a terminal)."""
-    Console(highlight=False, soft_wrap=True).print(text)
+def say(text: str, *, warn: bool = False) -> None:
+    """Print one line as it is (brackets in a path are no markup); a warning is yellow on a terminal."""
+    Console(highlight=False, soft_wrap=True).print(text, markup=False, style="yellow" if warn else None)
 
 
 @contextmanager
 def byte_progress(label: str, total: int) -> Iterator[Callable[[int], None]]:
     """A progress bar over `total` bytes; gives the function that advances it."""
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         DownloadColumn(),
         TransferSpeedColumn(),

@@ -15,18 +15,18 @@ from typing import Any
 from unsloth_factory.config.errors import UsageError, UserError
 from unsloth_factory.export.progress import say
 from unsloth_factory.export.result import ExportResult
-from unsloth_factory.export.sums import verify_file, write_folder_sums
-from unsloth_factory.inference.child import ChildProcess, child_environment
+from unsloth_factory.export.space import quantized_bytes
+from unsloth_factory.export.sums import publish_with_sum, verify_file
+from unsloth_factory.inference.child import ChildProcess, child_environment, how_it_ended, memory_limit
 from unsloth_factory.inference.gguf_header import TENSOR_TYPES, GgufHeader, read_header
 from unsloth_factory.inference.llama_cpp import INSTALL_HINT
-from unsloth_factory.run.atomic import partial, publish_file, require_free_space
+from unsloth_factory.run.atomic import exclusive, own_partial, remove_leftovers, require_free_space
 
-# llama_ftype numbers of llama.cpp's public header, and the bits per weight they come to (for the free-space check).
+# llama_ftype numbers of llama.cpp's public header.
 FILE_TYPES = {
-    "f32": (0, 32.0), "f16": (1, 16.0), "bf16": (32, 16.0), "q8_0": (7, 8.5), "q6_k": (18, 6.6), "q5_k_m": (17, 5.7),
-    "q5_k_s": (16, 5.6), "q5_1": (9, 6.0), "q5_0": (8, 5.6), "q4_k_m": (15, 4.9), "q4_k_s": (14, 4.7), "q4_1": (3, 5.1),
-    "q4_0": (2, 4.7), "iq4_nl": (25, 4.7), "iq4_xs": (30, 4.4), "q3_k_l": (13, 4.3), "q3_k_m": (12, 4.0),
-    "q3_k_s": (11, 3.7), "iq3_m": (27, 3.8), "iq3_s": (26, 3.6), "q2_k": (10, 3.4),
+    "f32": 0, "f16": 1, "bf16": 32, "q8_0": 7, "q6_k": 18, "q5_k_m": 17, "q5_k_s": 16, "q5_1": 9, "q5_0": 8,
+    "q4_k_m": 15, "q4_k_s": 14, "q4_1": 3, "q4_0": 2, "iq4_nl": 25, "iq4_xs": 30, "q3_k_l": 13, "q3_k_m": 12,
+    "q3_k_s": 11, "iq3_m": 27, "iq3_s": 26, "q2_k": 10,
 }  # fmt: skip
 NEED_IMPORTANCE_MATRIX = ("iq1_m", "iq1_s", "iq2_m", "iq2_s", "iq2_xs", "iq2_xxs", "iq3_xs", "iq3_xxs", "q2_k_s")
 SOURCE_TYPES = {"F32", "F16", "BF16"}
@@ -38,6 +38,7 @@ MAIN_TYPES = {
     "f16": "F16", "bf16": "BF16", "f32": "F32",
 }  # fmt: skip
 TIMEOUT = 4 * 3600.0
+FAILED = "failed to quantize:"
 
 
 def parse_types(text: str) -> list[str]:
@@ -81,12 +82,10 @@ def quantize(source: Path, folder: Path, types: Sequence[str], *, threads: int |
     header = read_header(source)
     _refuse_quantized(source, header)
     weights = sum(_elements(tensor.shape) for tensor in header.tensors)
-    # One file at a time needs room, but a run that ends half way because of the next one helps nobody.
-    needed = sum(int(weights * FILE_TYPES[name][1] / 8 * 1.05) + 2**24 for name in types)
-    require_free_space(folder, needed, f"quantising to {', '.join(types)}")
+    require_free_space(folder, quantized_bytes(weights, types), f"quantising to {', '.join(types)}")
     verify_file(source)
-    folder.mkdir(parents=True, exist_ok=True)
-    return [_quantize_one(source, header, folder / quantized_name(source, name), name, threads) for name in types]
+    with exclusive(folder, "uf quantize"):
+        return [_quantize_one(source, header, folder / quantized_name(source, name), name, threads) for name in types]
 
 
 def quantized_name(source: Path, type_name: str) -> str:
@@ -117,18 +116,18 @@ def _quantize_one(source: Path, before: GgufHeader, target: Path, name: str, thr
     started = time.monotonic()
     if target.resolve() == source.resolve():
         raise UserError(f"{target}: quantising to {name} would overwrite the source. Give another --output folder.")
-    temporary = partial(target)
+    temporary = own_partial(target)
     try:
+        remove_leftovers(target)
         _run_quantizer(source, temporary, name, threads or os.cpu_count() or 1)
         after = read_header(temporary)
         if {t.name for t in after.tensors} != {t.name for t in before.tensors}:
             raise UserError(f"{target}: llama.cpp wrote other tensors than the source has. Nothing was kept.")
-        publish_file(temporary, target)
+        publish_with_sum(temporary, target)
     except OSError as error:
         raise UserError(f"{target} cannot be written: {error.strerror or error}") from error
     finally:
         temporary.unlink(missing_ok=True)
-    write_folder_sums(target.parent, [target.name])
     fallbacks = find_fallbacks(after, name)
     size = target.stat().st_size
     weights = sum(_elements(tensor.shape) for tensor in after.tensors)
@@ -143,8 +142,9 @@ def _quantize_one(source: Path, before: GgufHeader, target: Path, name: str, thr
     if fallbacks:
         example = next(iter(fallbacks))
         say(
-            f"[yellow]{len(fallbacks)} tensors are stored in another type than {name} asks for, because their rows are "
-            f"no multiple of its blocks: {example} as {fallbacks[example]} ...[/yellow]"
+            f"{len(fallbacks)} tensors are stored in another type than {name} asks for, because their rows are "
+            f"no multiple of its blocks: {example} as {fallbacks[example]} ...",
+            warn=True,
         )
     return ExportResult(target, size, time.monotonic() - started, figures)
 
@@ -164,18 +164,44 @@ def find_fallbacks(header: GgufHeader, name: str) -> dict[str, str]:
 
 def _run_quantizer(source: Path, temporary: Path, name: str, threads: int) -> None:
     """Cyllama in a child process, else `llama-quantize` when it is on the path."""
-    if find_spec("cyllama") is not None:
-        with ChildProcess("unsloth_factory.export.quantize_child", f"quantising to {name}") as child:
-            request = {"op": "quantize", "source": str(source.resolve()), "target": str(temporary.resolve())}
-            child.call(request | {"ftype": FILE_TYPES[name][0], "threads": threads}, timeout=TIMEOUT)
+    if find_spec("cyllama") is None:
+        _run_program(source, temporary, name, threads)
         return
+    memory = memory_limit(source.stat().st_size)
+    with ChildProcess("unsloth_factory.export.quantize_child", f"quantising to {name}", memory=memory) as child:
+        request = {"op": "quantize", "source": str(source.resolve()), "target": str(temporary.resolve())}
+        try:
+            child.call(request | {"ftype": FILE_TYPES[name], "threads": threads}, timeout=TIMEOUT)
+        except UserError as error:
+            raise _explained(error, name, child.log_tail(40)) from None
+
+
+def _run_program(source: Path, temporary: Path, name: str, threads: int) -> None:
     program = shutil.which("llama-quantize")
     if program is None:
         raise UserError(f"quantising needs cyllama or llama-quantize, and neither is installed. {INSTALL_HINT}")
     command = [program, str(source.resolve()), str(temporary.resolve()), name.upper(), str(threads)]
-    done = subprocess.run(
-        command, capture_output=True, text=True, errors="replace", env=child_environment(), timeout=TIMEOUT
-    )
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, errors="replace", env=child_environment(), timeout=TIMEOUT
+        )
+    except subprocess.TimeoutExpired:
+        raise UserError(f"{program}: not done after {TIMEOUT / 3600:.0f} hours, stopped.") from None
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no output"])[-1]
-        raise UserError(f"{program} failed with exit code {done.returncode}: {last}")
+        error = UserError(f"quantising to {name}: {program} {how_it_ended(done.returncode)}: {last}")
+        raise _explained(error, name, done.stderr)
+
+
+def _explained(error: UserError, name: str, log: str) -> UserError:
+    """llama.cpp gives no more than a code; what was wrong stands in its log, in C++'s words."""
+    reason = next((line.split(FAILED, 1)[1].strip() for line in log.splitlines() if FAILED in line), None)
+    if reason is None:
+        return error
+    if "iostream" in reason or "ios_base" in reason:
+        return UserError(f"quantising to {name}: the file cannot be written, the disk is full or broken ({reason}).")
+    if "invalid data" in reason:
+        return UserError(
+            f"quantising to {name}: {reason} (NaN or infinity). Merge and convert again: uf merge, uf gguf."
+        )
+    return UserError(f"quantising to {name}: {reason}")

@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from unsloth_factory.model.foreign_code import load_config
+
 ReadWeight = Callable[[str], torch.Tensor]
 """Base tensor name -> values. Raises KeyError for a name that is not stored."""
 TOKENS_TOGETHER = 1024  # bounds the logits: 1024 positions of a 152k vocabulary are 620 MB in float32
@@ -31,9 +33,9 @@ class StreamedModel:
             adapter: PEFT adapter to apply, in float32.
         """
         from accelerate import init_empty_weights
-        from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers import AutoModelForCausalLM
 
-        config = AutoConfig.from_pretrained(folder)
+        config = load_config(folder)
         if hasattr(config, "quantization_config"):
             del config.quantization_config  # the values come dequantised
         with init_empty_weights(include_buffers=False):

@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import resource
 import select
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping
@@ -24,25 +27,40 @@ from typing import Any
 from unsloth_factory.config.errors import UserError
 
 PACKAGE_ROOT = Path(__file__).resolve().parents[2]
+PARENT = "UNSLOTH_FACTORY_PARENT"
+# Names that hold secrets; a child needs none. (TOKENIZERS_PARALLELISM is none: whole words only.)
+SECRET = re.compile(r"(^|_)(TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?|(API|ACCESS|PRIVATE|SECRET)_?KEY)(_|$)", re.I)
 Handler = Callable[[dict, Callable[[dict], None]], "dict | tuple[dict, bytes]"]
 
 
 def child_environment() -> dict[str, str]:
-    """The parent's environment, offline, with this package importable wherever the parent found it."""
+    """The parent's environment without its secrets, offline, with this package importable where the parent found it."""
+    kept = {name: value for name, value in os.environ.items() if not SECRET.search(name)}
     paths = [str(PACKAGE_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
-    return {**os.environ, **offline, "PYTHONPATH": os.pathsep.join(paths)}
+    return {**kept, **offline, "PYTHONPATH": os.pathsep.join(paths), PARENT: str(os.getpid())}
+
+
+def memory_limit(file_bytes: int) -> int:
+    """Private memory, bytes, for native code that reads a file of that size.
+
+    Twice the file (repacked weights) and 16 GiB for caches and libraries, but never more than the machine has: a
+    hostile header then fails in the child before it fills the machine.
+    """
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min(machine, 2 * file_bytes + 16 * 2**30)
 
 
 class ChildProcess:
     """One child running `python -m module`, asked one request after the other. A context manager."""
 
-    def __init__(self, module: str, what: str) -> None:
+    def __init__(self, module: str, what: str, *, memory: int | None = None) -> None:
         """Start the child.
 
         Args:
             module: Module whose main guard calls `serve`.
             what: What it does, for messages ("llama.cpp with model.gguf").
+            memory: Limit of its private memory, bytes.
         """
         self.what = what
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the child
@@ -56,6 +74,9 @@ class ChildProcess:
             env=child_environment(),
             bufsize=0,
         )
+        if memory is not None and hasattr(resource, "prlimit"):  # Linux
+            with suppress(ProcessLookupError):
+                resource.prlimit(self._process.pid, resource.RLIMIT_DATA, (memory, memory))
 
     def __enter__(self) -> ChildProcess:
         return self
@@ -67,6 +88,11 @@ class ChildProcess:
     def pid(self) -> int:
         """Process id of the child."""
         return self._process.pid
+
+    @property
+    def alive(self) -> bool:
+        """Whether the child still runs."""
+        return self._process.poll() is None
 
     def call(
         self, request: Mapping[str, Any], *, timeout: float, on_event: Callable[[dict], None] | None = None
@@ -156,17 +182,25 @@ class ChildProcess:
 
     def _death(self) -> UserError:
         code = self._process.wait()
-        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-        hint = " (SIGKILL often means that the memory ran out)" if code == -signal.SIGKILL else ""
-        return UserError(f"{self.what}: the process {how}{hint}. Last output:\n{self.log_tail()}")
+        return UserError(f"{self.what}: the process {how_it_ended(code)}. Last output:\n{self.log_tail()}")
+
+
+def how_it_ended(code: int) -> str:
+    """An exit code in words; a signal by its name."""
+    if code >= 0:
+        return f"ended with exit code {code}"
+    known = {int(member): member.name for member in signal.Signals}
+    hint = " (SIGKILL often means that the memory ran out)" if code == -signal.SIGKILL else ""
+    return f"was killed by {known.get(-code, f'signal {-code}')}{hint}"
 
 
 def serve(handlers: Mapping[str, Handler]) -> None:
     """The child's side: answer requests until stdin closes.
 
     A handler takes (request, send_event) and returns the reply, or the reply and raw bytes. An exception in a handler
-    becomes an error reply; its traceback goes to the log.
+    becomes an error reply; its traceback goes to the log. The child ends with its parent, however that ends.
     """
+    _end_with_parent()
     channel = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # native code that prints must not break the protocol
 
@@ -182,7 +216,37 @@ def serve(handlers: Mapping[str, Handler]) -> None:
             result = handlers[request["op"]](request, send)
         except Exception as error:  # the parent decides; a child that dies here would hide the reason
             traceback.print_exc()
-            send({"error": f"{error}" if isinstance(error, UserError) else f"{type(error).__name__}: {error}"})
+            send({"error": _reason(error)})
             continue
         send(*result) if isinstance(result, tuple) else send(result)
     os._exit(0)  # native destructors of a server can hang; everything was flushed
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}{f': {error.filename}' if error.filename else ''}"
+    if isinstance(error, OSError) and "requested and" in str(error):  # numpy: "131072 requested and 8976 written"
+        return f"the file cannot be written, the disk is full or broken ({error})"
+    if isinstance(error, MemoryError):
+        return "the memory ran out"
+    return f"{type(error).__name__}: {error}"
+
+
+def _end_with_parent() -> None:
+    """Native code that a killed parent left behind would go on writing its file for minutes.
+
+    A thread watches the parent's id. (The kernel's own signal for this is sent when the *thread* that started us ends,
+    which may be long before its process does.)
+    """
+    parent = int(os.environ.get(PARENT, "0"))
+    if not parent:
+        return
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

@@ -30,11 +30,15 @@ TENSOR_TYPES = {
 SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 STRING, ARRAY = 8, 9
 MAX_DIMENSIONS = 4
+# A vocabulary of 256 thousand tokens makes a header of 16 MB with 0.8 million strings. A file of many gigabytes could
+# hold far more, and reading that would take minutes and all memory.
+MAX_HEADER_BYTES = 1 << 28
+MOST = {"tensors": 1 << 16, "metadata entries": 1 << 16, "numbers": 1 << 23, "strings": 1 << 20, "arrays": 1 << 12}
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One tensor of the file; `shape` as stored (the row length first), `row` = elements of one row."""
+    """One tensor of the file; `shape` as stored (the row length first)."""
 
     name: str
     shape: tuple[int, ...]
@@ -60,10 +64,13 @@ class _Cursor:
 
     def __init__(self, data: mmap.mmap, fail: Callable[[str], UserError]) -> None:
         self.data, self.fail, self.at = data, fail, 0
+        self.counted: Counter[str] = Counter()
 
     def take(self, size: int) -> bytes:
         if size > len(self.data) - self.at:
             raise self.fail(f"the header is cut off at byte {len(self.data)}")
+        if self.at + size > MAX_HEADER_BYTES:
+            raise self.fail(f"its header is longer than {MAX_HEADER_BYTES >> 20} MiB")
         self.at += size
         return self.data[self.at - size : self.at]
 
@@ -75,6 +82,9 @@ class _Cursor:
         value = self.number("<Q")
         if value * smallest > len(self.data) - self.at:
             raise self.fail(f"it announces {value} {what}, more than the file can hold")
+        self.counted[what] += value
+        if self.counted[what] > MOST.get(what, MAX_HEADER_BYTES):
+            raise self.fail(f"it announces {value} {what}; a header holds at most {MOST.get(what, MAX_HEADER_BYTES)}")
         return value
 
     def string(self) -> str:
@@ -88,11 +98,26 @@ class _Cursor:
         if kind != ARRAY or depth > 2:
             raise self.fail(f"unknown metadata type {kind}")
         inner = self.number("<I")
-        count = self.count("array items", struct.calcsize(SCALARS[inner]) if inner in SCALARS else 8)
-        if inner in SCALARS:
-            code = SCALARS[inner]
-            return list(struct.unpack(f"<{count}{code[1]}", self.take(count * struct.calcsize(code))))
-        return [self.value(inner, depth + 1) for _ in range(count)]
+        if inner == STRING:
+            return self._strings(self.count("strings", 8))
+        if inner not in SCALARS:
+            return [self.value(inner, depth + 1) for _ in range(self.count("arrays", 12))]
+        code = SCALARS[inner]
+        count = self.count("numbers", struct.calcsize(code))
+        return list(struct.unpack(f"<{count}{code[1]}", self.take(count * struct.calcsize(code))))
+
+    def _strings(self, count: int) -> list[str]:
+        """A vocabulary has hundreds of thousands: without a function call for each."""
+        texts, data, at, end = [], self.data, self.at, min(len(self.data), MAX_HEADER_BYTES)
+        length = struct.Struct("<Q").unpack_from
+        for _ in range(count):
+            start = at + 8
+            at = start + length(data, at)[0] if start <= end else end + 1
+            if at > end:
+                raise self.fail(f"a text of its header reaches over byte {end}")
+            texts.append(data[start:at].decode("utf-8", "replace"))
+        self.at = at
+        return texts
 
 
 def read_header(path: Path) -> GgufHeader:

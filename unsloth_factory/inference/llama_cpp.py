@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 
 from unsloth_factory.config.errors import UserError
-from unsloth_factory.inference.child import ChildProcess
+from unsloth_factory.inference.child import ChildProcess, memory_limit
 from unsloth_factory.inference.generate import Generation
 from unsloth_factory.inference.gguf_header import GgufHeader, read_header
 
 CHILD_MODULE = "unsloth_factory.inference.llama_cpp_child"
+RENDER_TIMEOUT = 60.0
 SMALL_FILE_BYTES = 2**28
 INSTALL_HINT = "Install it with: pip install 'unsloth-factory[export]'"
 
@@ -34,7 +35,8 @@ class LlamaCpp:
     """A GGUF model, loaded with every tensor checked. T tokens, V vocabulary. A context manager.
 
     Prompts go in whole; the longest prefix that the previous prompt shares stays in the cache. The HTTP server, which
-    only `render` needs, is started on the first call of it.
+    only `render` needs, is started on the first call of it. A child that died is an error of that call; the next call
+    starts another one.
     """
 
     def __init__(self, path: Path, *, threads: int | None = None, timeout: float = 900.0, exact: bool = False) -> None:
@@ -59,11 +61,13 @@ class LlamaCpp:
         self._exact = exact
         self._renderer: ChildProcess | None = None
         self._decoder = self._start("open", self.path.name)
+        self._died = False
         self.vocab_size: int = self._opened["n_vocab"]
         self.max_positions: int = self._opened["n_ctx_train"]
 
     def _start(self, operation: str, name: str) -> ChildProcess:
-        child = ChildProcess(CHILD_MODULE, f"llama.cpp with {name}")
+        memory = memory_limit(self.path.stat().st_size)
+        child = ChildProcess(CHILD_MODULE, f"llama.cpp with {name}", memory=memory)
         try:
             request = {
                 "op": operation,
@@ -96,7 +100,15 @@ class LlamaCpp:
             self._renderer.close()
 
     def _ask(self, operation: str, on_event: Callable[[dict], None] | None = None, **values: Any) -> tuple[dict, bytes]:
-        return self._decoder.call({"op": operation, **values}, timeout=self._timeout, on_event=on_event)
+        if self._died:
+            self._decoder.close()
+            self._decoder = self._start("open", self.path.name)
+            self._died = False
+        try:
+            return self._decoder.call({"op": operation, **values}, timeout=self._timeout, on_event=on_event)
+        except UserError:
+            self._died = not self._decoder.alive
+            raise
 
     def _checked(self, ids: Sequence[int]) -> list[int]:
         if not 0 < len(ids) <= self.max_positions:
@@ -160,8 +172,8 @@ class LlamaCpp:
 
     def render(self, messages: Sequence[dict[str, Any]], enable_thinking: bool | None = None) -> str:
         """The prompt that llama.cpp's server makes of messages; None leaves `enable_thinking` to the server."""
-        if self._renderer is None:
+        if self._renderer is None or not self._renderer.alive:
             require_library("xllamacpp", "rendering a chat with llama.cpp")
             self._renderer = self._start("open_renderer", f"{self.path.name} (server)")
         request = {"op": "render", "messages": list(messages), "enable_thinking": enable_thinking}
-        return self._renderer.call(request, timeout=self._timeout)[0]["prompt"]
+        return self._renderer.call(request, timeout=RENDER_TIMEOUT)[0]["prompt"]

@@ -23,6 +23,7 @@ from unsloth_factory.knowledge.pack import (
     Term,
 )
 
+MAX_BYTES = 1 << 22
 PACKS = Path(__file__).parent / "packs"
 SECTIONS = ("name", "title", "language", "system_prompt", "terms", "relations", "associations", "rules")
 OPTIONAL_SECTIONS = ("protected_words",)
@@ -41,6 +42,8 @@ def load_pack(name_or_path: str | Path) -> DomainPack:
         PackError: There is no such pack, or its file is wrong; the message names file, section, entry and field.
     """
     path = _find(str(name_or_path))
+    if path.is_file() and path.stat().st_size > MAX_BYTES:
+        raise PackError(f"{path}: {path.stat().st_size} bytes; a pack has at most {MAX_BYTES}.")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -133,8 +136,10 @@ def _read_yaml(text: str, at: Place) -> Mapping[str, Any]:
     except yaml.MarkedYAMLError as error:
         line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
         raise at.error(f"{line}{error.problem or error}") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: an impossible date, 5,000 digits
         raise at.error(str(error)) from error
+    except RecursionError:
+        raise at.error("nested too deeply") from None
     if not isinstance(root, dict):
         raise at.error(f"must be a mapping with the sections {_list(SECTIONS)}")
     return root

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from unsloth_factory.model.foreign_code import load_config
 from unsloth_factory.model.lora import linear_module_names
 from unsloth_factory.model.noise import quiet_libraries
 from unsloth_factory.model.standard import is_prequantized
@@ -27,9 +28,9 @@ def quantized_weight_names(base: Path) -> frozenset[str]:
 
     The architecture is built without memory for its weights.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(str(base), trust_remote_code=False, local_files_only=True)
+    config = load_config(base)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     return frozenset(f"{name}.weight" for name in linear_module_names(model))

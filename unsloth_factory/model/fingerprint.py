@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from unsloth_factory.config.errors import UserError
+from unsloth_factory.model.foreign_code import refuse_adapter_code
+from unsloth_factory.model.integrity import refuse_damaged
 from unsloth_factory.model.weight_files import TensorEntry, read_header, read_json, shard_paths, tensor_entries
 from unsloth_factory.run.atomic import write_json
 
@@ -112,10 +114,13 @@ def check_adapter_folder(adapter: Path) -> Path:
             f"--adapter {adapter} has no {ADAPTER_WEIGHTS}. Adapters in pickle files (adapter_model.bin) are never "
             "read; save it again with safe_serialization."
         )
-    kind = read_json(config_path).get("peft_type")
+    config = read_json(config_path)
+    refuse_adapter_code(config_path, config)
+    kind = config.get("peft_type")
     if kind != "LORA":
         raise UserError(f"{config_path}: peft_type is {kind}; only LORA adapters can be loaded, merged and exported.")
     read_header(adapter / ADAPTER_WEIGHTS)
+    refuse_damaged(adapter)
     return adapter
 
 

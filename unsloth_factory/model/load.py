@@ -13,6 +13,7 @@ from unsloth_factory.config.settings import ModelSettings, TuningSettings
 from unsloth_factory.model.device import pick_device_dtype
 from unsloth_factory.model.fingerprint import check_adapter_base, fingerprint
 from unsloth_factory.model.finite import refuse_nonfinite
+from unsloth_factory.model.integrity import refuse_damaged
 from unsloth_factory.model.loaded import LoadedModel
 from unsloth_factory.model.lora import attach_lora, load_adapter
 from unsloth_factory.model.noise import quiet_libraries
@@ -86,6 +87,7 @@ def load_model(
         _require_bitsandbytes()
     picked_device, picked_dtype, device_reason = pick_device_dtype()
     device, dtype = device or picked_device, dtype or picked_dtype
+    refuse_damaged(folder)
     refuse_nonfinite(shard_paths(folder))
     # Full training wants the stored values in float32, not what a 16-bit dtype leaves of them.
     stored = torch.float32 if tunes_base and tuning.finetuning_type == "full" else dtype

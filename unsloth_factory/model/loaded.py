@@ -42,6 +42,8 @@ class LoadedModel:
     name: str = ""
     """What the user called the base: folder, hub id or "tiny"."""
     device_reason: str = ""
+    logit_bytes: int = 256 * 2**20
+    """float32 logits that training holds at a time: 440 rows of Qwen3's vocabulary of 151,936."""
     quantization: dict[str, Any] | None = None
     """How the base is quantised, as `AdapterInfo` records it and `dequantize.BaseWeights` takes it."""
     notes: list[str] = field(default_factory=list)
@@ -110,6 +112,18 @@ class LoadedModel:
             total += count
             trainable += count if parameter.requires_grad else 0
         return trainable, total
+
+    @property
+    def vocabulary(self) -> int:
+        """Logits of one position, V."""
+        head = self.lm_head
+        assert isinstance(head, torch.nn.Linear), f"the output projection is a {type(head).__name__}"
+        return head.out_features
+
+    @property
+    def recomputes_layers(self) -> bool:
+        """Gradient checkpointing is on."""
+        return bool(self.causal_lm.is_gradient_checkpointing)
 
     def set_gradient_checkpointing(self, enabled: bool) -> None:
         """Recompute each layer in the backward pass instead of keeping its activations (Chen et al. 2016, 1604.06174).

@@ -6,11 +6,11 @@ import difflib
 import importlib.util
 import os
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from unsloth_factory.config.errors import UserError
+from unsloth_factory.model.foreign_code import refuse_code_in_folder
 from unsloth_factory.model.weight_files import INDEX_NAME, SINGLE_NAME, read_header, read_json, shard_paths
 
 TINY_NAME = "tiny"
@@ -18,8 +18,6 @@ TINY_FOLDER = Path(__file__).resolve().parent.parent / "assets" / "tiny_model"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 # Pickles run code when they are opened (CVE-2025-32434 shows that weights_only is no boundary).
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-# Keys that make transformers import Python from the folder or from a hub (CVE-2026-4372 for the last one).
-CODE_KEYS = ("auto_map", "custom_pipelines", "_attn_implementation_internal")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 # Files that a download takes: never pickles, never Mistral's second copy of the weights.
 DOWNLOAD_PATTERNS = ["*.json", "*.jinja", "*.txt", "*.model", "model*.safetensors", "LICENSE*"]
@@ -89,7 +87,7 @@ def check_model_folder(folder: Path) -> Path:
     if not (folder / "config.json").is_file():
         raise UserError(f"--model {folder} has no config.json: it is not a model folder in the Hugging Face layout.")
     config = read_json(folder / "config.json")
-    _refuse_code(folder / "config.json", config)
+    refuse_code_in_folder(folder)
     _refuse_foreign_quantization(folder / "config.json", config)
     if not isinstance(config.get("model_type"), str):
         raise UserError(f"{folder / 'config.json'} has no model_type, so that its architecture is unknown.")
@@ -98,34 +96,12 @@ def check_model_folder(folder: Path) -> Path:
     return folder
 
 
-def _keys(value: Any) -> Iterator[str]:
-    """Every key at any depth; iterative, because depth is the file's choice."""
-    stack = [value]
-    while stack:
-        item = stack.pop()
-        if isinstance(item, dict):
-            yield from item
-            stack.extend(item.values())
-        elif isinstance(item, list):
-            stack.extend(item)
-
-
-def _refuse_code(path: Path, config: dict[str, Any]) -> None:
-    found = sorted(set(CODE_KEYS) & set(_keys(config)))
-    if found:
-        raise UserError(
-            f"{path} asks for Python code from outside transformers ({', '.join(found)}). Such code is never run here "
-            "(no trust_remote_code). Use a model that transformers supports by itself; if it does support this one, "
-            f"delete {' and '.join(found)} from the file."
-        )
-
-
 def _refuse_foreign_quantization(path: Path, config: dict[str, Any]) -> None:
     quantization = config.get("quantization_config")
     if quantization is None:
         return
-    if not isinstance(quantization, dict) or not quantization.get("load_in_4bit"):
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+    method = quantization.get("quant_method", "bitsandbytes") if isinstance(quantization, dict) else quantization
+    if method != "bitsandbytes" or not quantization.get("load_in_4bit"):
         raise UserError(
             f"{path}: the weights are stored quantised ({method}). Only 16/32-bit and bitsandbytes 4-bit weights can "
             "be trained and merged here; use the original model."
@@ -149,9 +125,6 @@ def _check_weights(folder: Path) -> None:
 def _check_tokenizer(folder: Path) -> None:
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         raise UserError(f"--model {folder} has no tokenizer ({', '.join(TOKENIZER_FILES[:3])} ...). Copy it there.")
-    config = folder / "tokenizer_config.json"
-    if config.is_file():
-        _refuse_code(config, read_json(config))
 
 
 def _from_hub(name: str, hub: str) -> Path:

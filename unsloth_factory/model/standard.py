@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from unsloth_factory.config.errors import UserError
+from unsloth_factory.model.foreign_code import require_language_model
 from unsloth_factory.model.noise import quiet_libraries
 from unsloth_factory.model.weight_files import read_json
 
@@ -49,6 +50,7 @@ def load_base(folder: Path, *, quantization_bit: int | None, device: torch.devic
     """
     from transformers import AutoModelForCausalLM
 
+    require_language_model(folder)
     auto: Any = AutoModelForCausalLM
     options: dict[str, Any] = {}
     if quantization_bit is not None and not is_prequantized(folder):

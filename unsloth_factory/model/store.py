@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,20 @@ import torch
 from unsloth_factory.config.errors import UserError
 from unsloth_factory.model.fingerprint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, AdapterInfo, write_adapter_info
 from unsloth_factory.model.finite import is_finite
+from unsloth_factory.model.foreign_code import refuse_foreign_link
 from unsloth_factory.model.lora import adapter_state
 from unsloth_factory.model.weight_files import INDEX_NAME, read_json
-from unsloth_factory.run.atomic import partial, publish_file, publish_folder, require_free_space, write_json
+from unsloth_factory.run.atomic import (
+    discard,
+    own_partial,
+    partial,
+    publish_file,
+    publish_folder,
+    remove_leftovers,
+    require_free_space,
+    write_json,
+    write_sums,
+)
 
 # Everything beside weights and config.json that a model needs to be used: copied byte for byte from the base.
 AUXILIARY_PATTERNS = (
@@ -32,9 +45,25 @@ FLOAT16_MAX = 65504.0
 
 
 def copy_auxiliary(base: Path, folder: Path) -> list[str]:
-    """Copy tokenizer, chat template and generation settings unchanged; returns the names."""
-    names = sorted({path.name for pattern in AUXILIARY_PATTERNS for path in base.glob(pattern)})
+    """Copy tokenizer, chat template and generation settings unchanged; returns the names.
+
+    Raises:
+        UserError: One of them is a link that leaves the folder.
+    """
+    return copy_matching(base, folder, AUXILIARY_PATTERNS)
+
+
+def copy_matching(base: Path, folder: Path, patterns: Iterable[str]) -> list[str]:
+    """Copy files and folders by name patterns; returns the names.
+
+    Raises:
+        UserError: One of them is a link that leaves the folder.
+    """
+    names = sorted({path.name for pattern in patterns for path in base.glob(pattern)})
     for name in names:
+        inner = (base / name).rglob("*") if (base / name).is_dir() else ()
+        for path in (base / name, *inner):
+            refuse_foreign_link(base, path)
         if (base / name).is_dir():
             shutil.copytree(base / name, folder / name, dirs_exist_ok=True)
         else:
@@ -59,7 +88,7 @@ def save_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> Path:
 def save_adapter(peft_model: Any, folder: Path, info: AdapterInfo) -> Path:
     """Write a PEFT adapter and what it remembers; the same weights give the same bytes.
 
-    Each file is written atomically, the weights first: a folder with an adapter_config.json is complete.
+    The folder appears at once, with the SHA-256 of each file; an adapter that was there before is replaced.
 
     Raises:
         UserError: The adapter holds NaN or infinity (nothing is written), or the disk is full.
@@ -69,11 +98,33 @@ def save_adapter(peft_model: Any, folder: Path, info: AdapterInfo) -> Path:
     if bad:
         raise UserError(f"the adapter is not saved: {bad[0]} holds NaN or infinity, so the training has diverged.")
     require_free_space(folder, sum(t.numel() * t.element_size() for t in state.values()), "the adapter")
-    folder.mkdir(parents=True, exist_ok=True)
-    save_tensors(folder / ADAPTER_WEIGHTS, state)
-    write_adapter_info(folder, info)
-    write_json(folder / ADAPTER_CONFIG, _portable_config(peft_model, info.base_model))
+    with _new_folder(folder) as temporary:
+        save_tensors(temporary / ADAPTER_WEIGHTS, state)
+        write_adapter_info(temporary, info)
+        write_json(temporary / ADAPTER_CONFIG, _portable_config(peft_model, info.base_model))
     return folder
+
+
+@contextmanager
+def _new_folder(folder: Path) -> Iterator[Path]:
+    """A temporary folder that gets its checksums and its name when the block was left without an error."""
+    temporary = own_partial(folder)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(folder)
+        temporary.mkdir()
+        yield temporary
+        write_sums(temporary, [path.relative_to(temporary).as_posix() for path in files_below(temporary)])
+        publish_folder(temporary, folder)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written: {error.strerror or error}") from error
+    finally:
+        discard(temporary)
+
+
+def files_below(folder: Path) -> list[Path]:
+    """All files of a folder, sorted."""
+    return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
 def _portable_config(peft_model: Any, base_model: str) -> dict[str, Any]:
@@ -100,20 +151,13 @@ def save_full(model: Any, base: Path, folder: Path, *, max_shard_bytes: int = 4 
     tensors = {name: p.detach() for name, p in model.named_parameters()}
     dtype = _storage_dtype(tensors)
     require_free_space(folder, sum(2 * t.numel() for t in tensors.values()), "the trained model")
-    temporary = partial(folder)
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
+    with _new_folder(folder) as temporary:
         _write_shards(tensors, temporary, dtype, max_shard_bytes)
         copy_auxiliary(base, temporary)
         config = read_json(base / "config.json")
         config.pop("torch_dtype", None)
         write_json(temporary / "config.json", config | {"dtype": str(dtype).removeprefix("torch.")})
-        return publish_folder(temporary, folder)
-    except OSError as error:
-        raise UserError(f"{folder} cannot be written: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    return folder
 
 
 def _storage_dtype(tensors: dict[str, torch.Tensor]) -> torch.dtype:

@@ -15,6 +15,7 @@ from unsloth_factory.config.errors import UserError
 from unsloth_factory.run.atomic import write_text
 
 LOCK_NAME = ".lock"
+MAX_BYTES = 1 << 20  # of a run.yaml; real ones have 5 KB
 Thinking = Literal["on", "off", "unset"]
 
 
@@ -53,6 +54,7 @@ class RunFolder:
 
     manifest = property(lambda self: self.path / "run.yaml")
     metrics = property(lambda self: self.path / "metrics.jsonl")
+    generations = property(lambda self: self.path / "generations.jsonl")
     data_report = property(lambda self: self.path / "data_report.json")
     loss_plot = property(lambda self: self.path / "training_loss.png")
     final_adapter = property(lambda self: self.path / "final_adapter")
@@ -75,10 +77,14 @@ class RunFolder:
         if not self.manifest.is_file():
             raise UserError(f"--run {self.path}: not a run folder (it has no run.yaml); give the folder of a training")
         try:
+            if self.manifest.stat().st_size > MAX_BYTES:
+                raise UserError(
+                    f"{self.manifest} has {self.manifest.stat().st_size} bytes; at most {MAX_BYTES} are read"
+                )
             values = yaml.safe_load(self.manifest.read_text(encoding="utf-8"))
             known = {f.name for f in fields(RunManifest)}
             return RunManifest(**{key: value for key, value in values.items() if key in known})
-        except (yaml.YAMLError, TypeError, AttributeError) as error:
+        except (yaml.YAMLError, UnicodeDecodeError, RecursionError, TypeError, AttributeError) as error:
             raise UserError(f"{self.manifest} cannot be read: {error}") from error
 
     def write(self, manifest: RunManifest) -> None:

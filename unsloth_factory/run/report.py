@@ -39,6 +39,8 @@ def write_report(folder: RunFolder, path: Path, summary: dict[str, Any]) -> Path
             if "submission" not in path.name
         },
         plot=_image(folder.loss_plot),
+        generations=_generations(folder.generations),
+        general=_general_loss(folder.metrics),
     )
     return write_text(path, page)
 
@@ -56,11 +58,38 @@ def file_table(summary: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _samples(path: Path) -> list[dict[str, Any]]:
     """A few questions with both answers, spread over the file."""
-    if not path.is_file():
-        return []
-    lines = path.read_text(encoding="utf-8").splitlines()
-    step = max(1, len(lines) // SAMPLES)
-    return [json.loads(line) for line in islice(lines[::step], SAMPLES)]
+    records = _json_lines(path)
+    return list(islice(records[:: max(1, len(records) // SAMPLES)], SAMPLES))
+
+
+def _generations(path: Path) -> dict[str, Any]:
+    """Answers at the first and at the last look of the training: {"first": step, "last": step, "rows": [...]}."""
+    records = _json_lines(path)
+    if not records:
+        return {}
+    first, last = records[0]["step"], records[-1]["step"]
+    before = {(record["source"], record["prompt"]): record for record in records if record["step"] == first}
+    after = [record for record in records if record["step"] == last]
+    step = max(1, len(after) // SAMPLES)
+    rows = [
+        {"first": before.get((record["source"], record["prompt"])), "last": record}
+        for record in islice(after[::step], SAMPLES)
+    ]
+    return {"first": first, "last": last, "rows": rows}
+
+
+def _general_loss(path: Path) -> dict[str, float]:
+    """Loss on general questions before and after the training, per token; empty where it was not measured."""
+    measured = [line for line in _json_lines(path) if line.get("general_loss") is not None]
+    if not measured or measured[-1].get("general_loss_start") is None:
+        return {}
+    return {"before": measured[-1]["general_loss_start"], "after": measured[-1]["general_loss"]}
+
+
+def _json_lines(path: Path) -> list[dict[str, Any]]:
+    # not splitlines(): an answer may hold U+2028
+    lines = path.read_text(encoding="utf-8").split("\n") if path.is_file() else []
+    return [json.loads(line) for line in lines if line]
 
 
 def _json(path: Path) -> dict[str, Any]:

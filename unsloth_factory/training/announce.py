@@ -6,7 +6,7 @@ from rich.text import Text
 
 from unsloth_factory.data.encode import describe_sample
 from unsloth_factory.data.types import TokenPair, TokenSample
-from unsloth_factory.training.progress import print_labelled
+from unsloth_factory.training.progress import duration, print_labelled
 from unsloth_factory.training.session import Session
 
 PRECISION_TEXT = {
@@ -49,7 +49,39 @@ def plan_lines(session: Session) -> list[str]:
         f"({loop.batch_size}{rows} x {loop.accumulation_steps}), {_epochs(plan.epoch(plan.total_steps))}",
         f"Optimizer   {loop.optimizer}, peak rate {session.peak_rate:g}, {loop.lr_scheduler_type}, "
         f"warm-up {100 * loop.warmup_ratio:g} %, seed {loop.seed}",
+        *_watched(session),
+        *_time_lines(session),
     ]
+
+
+def _time_lines(session: Session) -> list[str]:
+    box = session.time_box
+    if not box.limited:
+        return []
+    return [
+        f"Time box    {duration(box.seconds)}, {duration(box.used)} of it used so far; how many of the steps fit is "
+        "said once the first were measured"
+    ]
+
+
+def _watched(session: Session) -> list[str]:
+    """What is looked at on the way, and what may end the run early."""
+    job, watch = session.job, session.job.watch
+    looked_at = []
+    if job.eval_items:
+        looked_at.append(f"loss of {len(job.eval_items):,} held-out samples")
+    if job.general_items:
+        tokens = sum(len(item.ids) for item in job.general_items)
+        looked_at.append(f"loss of {len(job.general_items)} general answers ({tokens:,} tokens)")
+    if job.answerer is not None:
+        looked_at.append(f"{len(job.answerer)} answers to held-out questions")
+    lines = [f"Watched     every {session.evaluation_steps} steps: {', '.join(looked_at)}"] if looked_at else []
+    if watch.early_stopping_patience is not None:
+        lines.append(
+            f"Early stop  after {watch.early_stopping_patience} evaluations in a row without a better "
+            f"{watch.metric_for_best}; the final weights are the {'best' if watch.takes_best else 'last'} ones"
+        )
+    return lines
 
 
 def _epochs(number: float) -> str:

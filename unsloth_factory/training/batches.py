@@ -6,24 +6,40 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from unsloth_factory.data.batching import Batch
+from unsloth_factory.training import forgetting
+from unsloth_factory.training.cuts import cut, row_lengths
+from unsloth_factory.training.methods import Method
 from unsloth_factory.training.session import Session
+
+
+def planned(session: Session, step: int) -> list[Sequence[Any]]:
+    """This process's micro-batches of one step, before memory cuts them smaller."""
+    accelerator, items, size = session.accelerator, session.job.train_items, session.job.loop.batch_size
+    groups: list[list[Any]] = [[items[i] for i in indices] for indices in session.plan.step(step)]
+    groups += [rows for rows in (forgetting.replayed(session, step),) if rows]
+    mine = groups[accelerator.process_index :: accelerator.num_processes]
+    return [group[start : start + size] for group in mine for start in range(0, len(group), size)]
 
 
 def step_batches(session: Session, step: int) -> list[Batch]:
     """This process's micro-batches of one step: a pure function of (seed, step), so there is no loader state."""
-    accelerator = session.accelerator
-    planned = session.plan.step(step)[accelerator.process_index :: accelerator.num_processes]
-    size = session.micro_batch
-    micro = [indices[start : start + size] for indices in planned for start in range(0, len(indices), size)]
-    return [_make(session, [session.job.train_items[i] for i in indices]) for indices in micro]
+    limit = session.state.levers.micro_batch_tokens
+    smaller = [piece for group in planned(session, step) for piece in pieces(session, group, limit)]
+    return [make(session, piece, session.job.method) for piece in smaller]
 
 
-def eval_batches(session: Session) -> Iterator[Batch]:
-    """This process's share of the held-out samples, one micro-batch at a time."""
-    items, accelerator, size = session.job.eval_items, session.accelerator, session.micro_batch
+def eval_groups(session: Session, items: Sequence[Any]) -> Iterator[Sequence[Any]]:
+    """This process's share of samples whose loss is only measured, as many together as in training."""
+    accelerator, size = session.accelerator, session.job.loop.batch_size
     for start in range(0, len(items), size)[accelerator.process_index :: accelerator.num_processes]:
-        yield _make(session, items[start : start + size])
+        yield items[start : start + size]
 
 
-def _make(session: Session, items: Sequence[Any]) -> Batch:
-    return session.job.method.make_batch(items, packing=session.packing, pad_id=session.pad_id)
+def pieces(session: Session, group: Sequence[Any], limit: int | None) -> list[Sequence[Any]]:
+    """The samples of one micro-batch, cut so that no piece of several holds more tokens than the limit."""
+    return cut(group, row_lengths, limit=limit, packing=session.packing)
+
+
+def make(session: Session, items: Sequence[Any], method: Method) -> Batch:
+    """Token rows of some samples."""
+    return method.make_batch(items, packing=session.packing, pad_id=session.pad_id)

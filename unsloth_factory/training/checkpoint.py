@@ -148,7 +148,14 @@ class CheckpointStore:
         for step in self.steps():
             self._delete(step)
 
-    def save(self, step: int, write: Callable[[Path], None], state: dict[str, Any], bytes_needed: int) -> Path:
+    def save(
+        self,
+        step: int,
+        write: Callable[[Path], None],
+        state: dict[str, Any],
+        bytes_needed: int,
+        keep: int | None = None,
+    ) -> Path:
         """Save one checkpoint, then delete those beyond `save_total_limit`.
 
         Args:
@@ -156,6 +163,7 @@ class CheckpointStore:
             write: Writes the tensor files into the folder that it is given.
             state: Contents of state.json.
             bytes_needed: Estimated size of what `write` writes, bytes.
+            keep: Step of a checkpoint that is not deleted, however old it is.
 
         Raises:
             UserError: The disk is full. The checkpoints before this one are intact.
@@ -174,7 +182,8 @@ class CheckpointStore:
                 shutil.rmtree(temporary, ignore_errors=True)
                 raise
         for old in self.steps()[: -self.settings.save_total_limit]:
-            self._delete(old)
+            if old != keep:
+                self._delete(old)
         return self.path(step)
 
     def _require_space(self, step: int, bytes_needed: int) -> None:

@@ -14,9 +14,6 @@ from torch.utils.checkpoint import checkpoint
 from unsloth_factory.data.batching import IGNORED, Batch
 from unsloth_factory.model.loaded import LoadedModel
 
-LOGIT_BYTES = 256 * 2**20
-"""float32 logits that one chunk may take: 440 rows of Qwen3's vocabulary of 151,936."""
-
 
 @dataclass(frozen=True)
 class TrainedPositions:
@@ -45,8 +42,8 @@ def trained_positions(batch: Batch) -> TrainedPositions:
 def token_log_probs(loaded: LoadedModel, batch: Batch, positions: TrainedPositions) -> torch.Tensor:
     """Log-probability of every trained token, float32 [N], differentiable.
 
-    The output projection is applied to trained positions only (a prompt costs no logits), in chunks of `LOGIT_BYTES`;
-    a chunk's logits are computed again in the backward pass instead of being kept.
+    The output projection is applied to trained positions only (a prompt costs no logits), in chunks of
+    `loaded.logit_bytes`; a chunk's logits are computed again in the backward pass instead of being kept.
     """
     device = loaded.device
     mask = None if batch.attention_mask is None else batch.attention_mask.to(device)
@@ -54,7 +51,7 @@ def token_log_probs(loaded: LoadedModel, batch: Batch, positions: TrainedPositio
     rows = hidden.reshape(-1, hidden.shape[-1]).index_select(0, positions.index.to(device))  # [N, h]
     targets = positions.targets.to(device)
     head = loaded.lm_head
-    size = chunk_rows(head)
+    size = chunk_rows(loaded)
     if len(rows) <= size:
         return _chunk_log_probs(head, rows, targets)
     pieces = [
@@ -65,11 +62,9 @@ def token_log_probs(loaded: LoadedModel, batch: Batch, positions: TrainedPositio
     return torch.cat(pieces)
 
 
-def chunk_rows(head: torch.nn.Module) -> int:
+def chunk_rows(loaded: LoadedModel) -> int:
     """Positions whose logits are held at a time."""
-    assert isinstance(head, torch.nn.Linear), f"the output projection is a {type(head).__name__}"
-    vocabulary = head.out_features
-    return max(1, LOGIT_BYTES // (4 * vocabulary))
+    return max(1, loaded.logit_bytes // (4 * loaded.vocabulary))
 
 
 def _chunk_log_probs(head: torch.nn.Module, rows: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

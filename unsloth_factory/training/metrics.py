@@ -1,4 +1,4 @@
-"""metrics.jsonl: one line per optimizer step, without gaps or doubles whatever stopped the run."""
+"""metrics.jsonl, one line per optimizer step, and its like: without gaps or doubles whatever stopped the run."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ class MetricsLog:
     def start(self, offset: int, say: Callable[[str], None]) -> None:
         """Cut the file to `offset` bytes (0 for a new run)."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        if offset == 0 and not self.path.exists():
+            return
         with open(self.path, "ab") as file:
             size = file.tell()
             if size < offset:
@@ -27,15 +29,25 @@ class MetricsLog:
                 offset = _last_line_end(self.path)
             file.truncate(offset)
 
-    def append(self, line: dict[str, Any]) -> None:
-        """Add one step's line."""
-        text = json.dumps({key: _short(value) for key, value in line.items()}, allow_nan=False) + "\n"
+    def lines_after(self, offset: int) -> int:
+        """Lines beyond `offset` bytes."""
+        if not self.path.exists():
+            return 0
+        with open(self.path, "rb") as file:
+            file.seek(offset)
+            return file.read().count(b"\n")
+
+    def append(self, *lines: dict[str, Any]) -> None:
+        """Add lines, all of them with one write."""
+        text = "".join(_json_line(line) for line in lines)
         way_out = "Free some space and continue with --resume auto."
         with disk_errors(str(self.path), way_out), open(self.path, "ab") as file:
             file.write(text.encode())
 
     def flush(self) -> int:
         """Flush the lines to the disk; returns the file's size in bytes, which a checkpoint notes."""
+        if not self.path.exists():
+            return 0
         with open(self.path, "ab") as file:
             os.fsync(file.fileno())
             return file.tell()
@@ -48,6 +60,11 @@ class MetricsLog:
 
 def _last_line_end(path: Path) -> int:
     return path.read_bytes().rfind(b"\n") + 1
+
+
+def _json_line(line: dict[str, Any]) -> str:
+    values = {key: _short(value) for key, value in line.items()}
+    return json.dumps(values, allow_nan=False, ensure_ascii=False) + "\n"
 
 
 def _short(value: Any) -> Any:

@@ -39,6 +39,26 @@ def make_optimizer(
     return (PagedAdamW8bit if paged else AdamW8bit)(groups, lr=0.0, betas=BETAS, eps=EPSILON)
 
 
+def allocate_state(optimizer: torch.optim.Optimizer) -> None:
+    """Make the state that the first step would make, all zeros; what is there already stays.
+
+    Done before the first step, it shows whether the memory suffices, and no step fails for want of it half-way.
+    """
+    for number, group in enumerate(optimizer.param_groups):
+        for position, parameter in enumerate(group["params"]):
+            if optimizer.state[parameter]:
+                continue
+            if hasattr(optimizer, "init_state"):  # bitsandbytes
+                optimizer.init_state(group, parameter, number, position)
+                continue
+            home = parameter.device if group["fused"] else torch.device("cpu")
+            optimizer.state[parameter] = {
+                "step": torch.zeros((), dtype=torch.float32, device=home),
+                "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+                "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+            }
+
+
 def _groups(parameters: list[torch.nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
     matrices = [p for p in parameters if p.ndim >= 2]
     vectors = [p for p in parameters if p.ndim < 2]

@@ -11,7 +11,7 @@ from unsloth_factory.run.atomic import write_bytes
 
 
 def plot_loss(lines: Sequence[dict[str, Any]], path: Path, title: str) -> Path:
-    """Draw loss, smoothed loss, evaluation loss and learning rate over the steps; written atomically.
+    """Draw loss, smoothed loss, evaluation and general loss, and learning rate over the steps; written atomically.
 
     Args:
         lines: Lines of metrics.jsonl; steps whose loss is null (skipped) are left out.
@@ -33,6 +33,11 @@ def plot_loss(lines: Sequence[dict[str, Any]], path: Path, title: str) -> Path:
     evaluated = [(line["step"], line["eval_loss"]) for line in lines if line.get("eval_loss") is not None]
     if evaluated:
         axes.plot(*zip(*evaluated, strict=True), "o-", color="tab:orange", label="evaluation loss")
+    general = [(line["step"], line["general_loss"]) for line in lines if line.get("general_loss") is not None]
+    if general:
+        starts = [line["general_loss_start"] for line in lines if line.get("general_loss_start") is not None]
+        general = [(0, start) for start in starts[:1]] + general
+        axes.plot(*zip(*general, strict=True), "s--", color="tab:green", markersize=4, label="general loss")
     # matplotlib's own font has no Chinese: a title of empty boxes says less than none
     axes.set(title=title if title.isascii() else "", xlabel="optimizer step", ylabel="loss")
     axes.grid(alpha=0.3)

@@ -85,6 +85,12 @@ class Progress:
         elif prints:
             self.say(f"step {step}/{self._total}  {figures}  ETA {self._remaining(step)}")
 
+    def replan(self, total: int) -> None:
+        """The number of steps, as it is estimated now."""
+        self._total = total
+        if self._bar is not None:
+            self._bar.update(self._task, total=total)
+
     def rewind(self, step: int) -> None:
         """Count on from an earlier step."""
         if self._bar is not None:

@@ -11,15 +11,18 @@ from unsloth_factory.training.session import Session
 class Sums:
     """Adds up micro-batches on the device and divides once: the loss first, then the method's further figures."""
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: Session, names: tuple[str, ...]) -> None:
         self.session = session
-        self.names = session.job.method.figures
+        self.names = names
+        self.totals: list[torch.Tensor] = []
+        """Loss of each micro-batch, left on the device: read only when a step has gone wrong."""
         self.values = torch.zeros(1 + len(self.names), dtype=torch.float32, device=session.job.loaded.device)
 
     def add(self, part: LossSum) -> None:
         """Add one micro-batch."""
         parts = [part.total.detach(), *(part.metrics[name] for name in self.names)]
         self.values += torch.stack(parts).to(self.values)
+        self.totals.append(parts[0])
 
     def means(self, count: int) -> tuple[torch.Tensor, dict[str, float]]:
         """Over all processes, one that had no micro-batch of this step included."""

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from unsloth_factory.config.errors import UserError
-from unsloth_factory.config.settings import LoopSettings, RunSettings, TuningSettings
+from unsloth_factory.config.settings import GuardSettings, LoopSettings, RunSettings, TuningSettings, WatchSettings
 from unsloth_factory.data.types import TokenPair, TokenSample
 from unsloth_factory.model.loaded import LoadedModel
+from unsloth_factory.run.folder import RunFolder
 
 TUNING_KEYS = (
     "finetuning_type", "lora_r", "lora_alpha", "lora_dropout", "lora_target", "freeze_last_n",
@@ -26,8 +28,25 @@ HARMLESS = {
     "logging_steps": "printing only",
     "eval_steps": "evaluation only",
     "report_to": "reporting only",
+    "time_budget": "the learning rate decays to the new end",
+    "metric_for_best": "from here on",
+    "early_stopping_patience": "from here on",
+    "early_stopping_min_delta": "from here on",
+    "load_best": "choice of the final weights only",
+    "no_keep_best": "saving only",
+    "sample_generations": "evaluation only",
+    "sample_max_new_tokens": "evaluation only",
+    "forgetting": "from here on",
+    "forgetting_limit": "from here on",
+    "general_dataset": "evaluation only, until replay begins",
+    "replay_samples": "from here on",
+    "max_bad_steps": "from here on",
+    "on_bad_steps": "from here on",
+    "loss_spike": "from here on",
 }
 """Settings that may change between the parts of one run, and what that means."""
+BOUND_TO_WEIGHTS = {"base", "quantization_bit", "chat_template", *TUNING_KEYS}
+"""What the weights of a checkpoint were made for: under other values they cannot be the start of a new run."""
 WHAT = {
     "data": "training samples (SHA-256)",
     "base": "base model (fingerprint)",
@@ -64,9 +83,9 @@ def fingerprint(
     return required | method_settings
 
 
-def harmless_settings(loop: LoopSettings, run: RunSettings) -> dict[str, Any]:
+def harmless_settings(*groups: LoopSettings | RunSettings | WatchSettings | GuardSettings) -> dict[str, Any]:
     """The settings of `HARMLESS`, to say which of them changed."""
-    return {key: getattr(loop, key) if hasattr(loop, key) else getattr(run, key) for key in HARMLESS}
+    return {key: getattr(group, key) for group in groups for key in HARMLESS if hasattr(group, key)}
 
 
 def data_hash(items: Sequence[TokenSample | TokenPair]) -> str:
@@ -80,7 +99,7 @@ def data_hash(items: Sequence[TokenSample | TokenPair]) -> str:
     return digest.hexdigest()
 
 
-def check_same(old: dict[str, Any], new: dict[str, Any], where: str) -> None:
+def check_same(old: dict[str, Any], new: dict[str, Any], checkpoint: Path) -> None:
     """Refuse to continue with other settings.
 
     Raises:
@@ -89,10 +108,33 @@ def check_same(old: dict[str, Any], new: dict[str, Any], where: str) -> None:
     changed = [key for key in new if old.get(key) != new[key]]
     if changed:
         lines = "".join(f"\n  {WHAT.get(key, f'--{key}')}: was {old.get(key)}, now {new[key]}" for key in changed)
-        raise UserError(
-            f"{where} was made with other settings:{lines}\n"
-            "Give the old values to continue it, name another --output_dir, or start anew with --overwrite."
+        ways = "".join(f"\n  - {way}" for way in _ways_out(changed, old, new, checkpoint))
+        raise UserError(f"{checkpoint} was made with other settings:{lines}\nThe ways out:{ways}")
+
+
+def _ways_out(changed: list[str], old: dict[str, Any], new: dict[str, Any], checkpoint: Path) -> list[str]:
+    ways = ["give the old values, and the run goes on"]
+    if changed == ["epochs"] and new["epochs"] > old["epochs"]:
+        more = new["epochs"] - old["epochs"]
+        ways.append(
+            f"train longer: --epochs {old['epochs']:g} --extend_epochs {more:g}, and the run goes on to epoch "
+            f"{new['epochs']:g}, with a warm-up and decay of their own for the added ones"
         )
+    elif set(changed) <= {"epochs", "max_steps"}:
+        ways.append("train longer: give the old values and --extend_epochs N for N more epochs")
+    weights = _weights_flag(checkpoint)
+    if weights and not set(changed) & BOUND_TO_WEIGHTS:
+        ways.append(f"a new run from these weights: {weights} and another --output_dir, without --resume")
+    return [*ways, "a new run from step 0: another --output_dir, or --overwrite here"]
+
+
+def _weights_flag(checkpoint: Path) -> str | None:
+    """How a new run starts from the run's result, or from the checkpoint's adapter while there is none."""
+    run = RunFolder(checkpoint.parent)
+    if run.final_model.is_dir():
+        return f"--model {run.final_model}"
+    adapter = run.final_adapter if run.final_adapter.is_dir() else checkpoint / "adapter"
+    return f"--adapter {adapter}" if adapter.is_dir() else None
 
 
 def accepted_changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Learning rate as a pure function of the step: there is no scheduler state to save."""
+"""Learning rate as a pure function of the step, or of the progress where the time decides how many steps there are."""
 
 from __future__ import annotations
 
@@ -30,6 +30,23 @@ def learning_rate(step: int, total: int, *, peak: float, shape: str, warmup_rati
     if step < warmup:
         return peak * (step + 1) / (warmup + 1)
     return peak * SHAPES[shape]((step - warmup) / max(1, total - warmup))
+
+
+def paced_rate(progress: float, share: float, *, peak: float, shape: str, warmup_ratio: float) -> float:
+    """Learning rate of a step of a run whose number of steps is not known beforehand.
+
+    With progress i / n and share 1 / n it is `learning_rate(i, n)`, but for the warm-up, which is not rounded to steps.
+
+    Args:
+        progress: Share of the run before the step, from 0 to 1.
+        share: What the step is expected to add.
+        peak: Highest learning rate.
+        shape: A key of `SHAPES`.
+        warmup_ratio: Share of the run that warms up.
+    """
+    if progress < warmup_ratio:
+        return peak * (progress + share) / (warmup_ratio + share)
+    return peak * SHAPES[shape]((progress - warmup_ratio) / (1.0 - warmup_ratio))
 
 
 def peak_learning_rate(loop: LoopSettings, tuning: TuningSettings, method: str) -> float:

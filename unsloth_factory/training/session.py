@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, fields
+import math
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -14,9 +15,13 @@ from unsloth_factory.config.errors import UserError
 from unsloth_factory.data.batching import StepPlan
 from unsloth_factory.training import resume, schedule
 from unsloth_factory.training.job import TrainingJob
+from unsloth_factory.training.levers import Levers
+from unsloth_factory.training.memory_watch import MemoryWatch
+from unsloth_factory.training.meter import Meter, meter_of
 from unsloth_factory.training.metrics import MetricsLog
 from unsloth_factory.training.optimizers import make_optimizer, state_bytes
 from unsloth_factory.training.progress import Progress
+from unsloth_factory.training.time_budget import TimeBox
 
 PRECISIONS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "no"}
 
@@ -37,13 +42,47 @@ class LoopState:
     """Steps in a row that were not finite."""
     rewound: bool = False
     """The run has been set back to a checkpoint once."""
-    micro_batch: int | None = None
-    """Samples in one micro-batch after the memory ran out; None: as --batch_size says."""
+    levers: Levers = field(default_factory=Levers)
+    """What was given up for memory."""
     last_loss: float | None = None
     eval_loss: float | None = None
     eval_metrics: dict[str, float] = field(default_factory=dict)
     best_eval_loss: float | None = None
+    """Lowest so far."""
+    best_metric: str | None = None
+    """What `best_value` is a value of."""
+    best_value: float | None = None
     best_step: int | None = None
+    stale_evaluations: int = 0
+    """Evaluations in a row that were no better than the best one."""
+    general_start: float | None = None
+    """Loss on the general questions before the first step, per token."""
+    general_loss: float | None = None
+    forgetting: bool = False
+    """The last general loss was past the limit."""
+    replay_from: int | None = None
+    """First step (index from 0) with general rows in it."""
+    replay_data: str | None = None
+    """SHA-256 of those rows."""
+    recent_losses: list[float] = field(default_factory=list)
+    """Of the steps that were applied last; what a spike is measured by."""
+    recent_norms: list[float] = field(default_factory=list)
+    spikes: int = 0
+    spike_streak: int = 0
+    """Steps in a row that were skipped because of a spike."""
+    rate_factor: float = 1.0
+    """The scheduled learning rate is multiplied by it; each rewind halves it."""
+    scaler_warned: bool = False
+    pending: dict[str, Any] | None = None
+    """Line of metrics.jsonl of a step whose evaluation was interrupted by a signal."""
+    schedule_start: int = 0
+    """Step at which the present warm-up and decay began: 0, or where the run was extended."""
+    extended_epochs: float = 0.0
+    """--extend_epochs of the present extension."""
+    progress: float | None = None
+    """Share of the warm-up and decay that is behind, where the time decides (see time_budget.py); else None."""
+    step_share: float = 0.0
+    """What the next step is expected to add to it."""
     end: str | None = None
     """Why the run ends before its last step; None while it goes on."""
 
@@ -52,9 +91,11 @@ class LoopState:
         return asdict(self)
 
     def load(self, values: dict[str, Any]) -> None:
-        """Take over the values of a checkpoint."""
+        """Take over the values of a checkpoint; what an older version did not store keeps its default."""
+        fresh = LoopState()
         for known in fields(self):
-            setattr(self, known.name, values[known.name])
+            setattr(self, known.name, values.get(known.name, getattr(fresh, known.name)))
+        self.levers = Levers.of(values.get("levers"))
 
 
 @dataclass
@@ -70,8 +111,13 @@ class Session:
     peak_rate: float
     fingerprint: dict[str, Any]
     metrics: MetricsLog
+    generations: MetricsLog
+    """Answers to held-out questions, a line each; in step with the checkpoints like `metrics`."""
     progress: Progress
+    time_box: TimeBox
     state: LoopState
+    meter: Meter
+    memory_watch: MemoryWatch = field(default_factory=MemoryWatch)
     resumed_from: int | None = None
 
     @property
@@ -85,14 +131,14 @@ class Session:
         return self.state.end is not None or self.state.step >= self.total_steps
 
     @property
+    def evaluation_steps(self) -> int:
+        """Steps between two evaluations."""
+        return self.job.run.eval_steps or self.job.run.save_steps
+
+    @property
     def packing(self) -> bool:
         """Samples of a micro-batch share one row."""
         return not self.job.loop.no_packing
-
-    @property
-    def micro_batch(self) -> int:
-        """Samples in one micro-batch."""
-        return self.state.micro_batch or self.job.loop.batch_size
 
     @property
     def pad_id(self) -> int:
@@ -107,15 +153,17 @@ class Session:
         return int(1.05 * (weights + state_bytes(self.job.loop.optimizer, self.parameters))) + 2**20
 
     def rate(self, step: int) -> float:
-        """Learning rate of a step (index from 0)."""
-        loop = self.job.loop
-        return schedule.learning_rate(
-            step,
-            self.total_steps,
-            peak=self.peak_rate,
-            shape=loop.lr_scheduler_type,
-            warmup_ratio=loop.warmup_ratio,
-        )
+        """Learning rate of a step (index from 0); with a time budget that of the present one, whatever its index."""
+        loop, state = self.job.loop, self.state
+        settings: dict[str, Any] = {
+            "peak": self.peak_rate,
+            "shape": loop.lr_scheduler_type,
+            "warmup_ratio": loop.warmup_ratio,
+        }
+        if state.progress is not None:
+            return state.rate_factor * schedule.paced_rate(state.progress, state.step_share, **settings)
+        first = state.schedule_start
+        return state.rate_factor * schedule.learning_rate(step - first, self.total_steps - first, **settings)
 
 
 def open_session(job: TrainingJob, progress: Progress) -> Session:
@@ -133,6 +181,27 @@ def open_session(job: TrainingJob, progress: Progress) -> Session:
     parameters = job.loaded.trainable_parameters()
     accelerator = _accelerator(job)
     optimizer = make_optimizer(loop.optimizer, parameters, weight_decay=loop.weight_decay)
+    peak = schedule.peak_learning_rate(loop, job.tuning, job.method.name)
+    return Session(
+        job=job,
+        accelerator=accelerator,
+        optimizer=accelerator.prepare_optimizer(optimizer, device_placement=False),
+        parameters=parameters,
+        plan=_plan(job),
+        peak_rate=peak,
+        fingerprint=_fingerprint(job, peak),
+        metrics=MetricsLog(job.folder.metrics),
+        generations=MetricsLog(job.folder.generations),
+        progress=progress,
+        time_box=TimeBox(job.run.time_budget or math.inf, job.started, 3.0 if _trackers(job.run.report_to) else 0.0),
+        state=LoopState(),
+        meter=job.meter or meter_of(job.loaded.device),
+    )
+
+
+def _plan(job: TrainingJob) -> StepPlan:
+    """The samples of every step; an extension goes beyond --max_steps where that is given."""
+    loop, extend_epochs = job.loop, job.run.extend_epochs
     plan = StepPlan(
         n_samples=len(job.train_items),
         batch_size=loop.batch_size,
@@ -141,19 +210,11 @@ def open_session(job: TrainingJob, progress: Progress) -> Session:
         max_steps=loop.max_steps,
         seed=loop.seed,
     )
-    peak = schedule.peak_learning_rate(loop, job.tuning, job.method.name)
-    return Session(
-        job=job,
-        accelerator=accelerator,
-        optimizer=accelerator.prepare_optimizer(optimizer, device_placement=False),
-        parameters=parameters,
-        plan=plan,
-        peak_rate=peak,
-        fingerprint=_fingerprint(job, peak),
-        metrics=MetricsLog(job.folder.metrics),
-        progress=progress,
-        state=LoopState(),
-    )
+    if extend_epochs is None:
+        return plan
+    if loop.max_steps is None:
+        return replace(plan, epochs=loop.epochs + extend_epochs)
+    return replace(plan, max_steps=loop.max_steps + replace(plan, epochs=extend_epochs, max_steps=None).total_steps)
 
 
 def _fingerprint(job: TrainingJob, peak_rate: float) -> dict[str, Any]:

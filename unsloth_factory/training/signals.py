@@ -6,7 +6,16 @@ import signal
 import threading
 from collections.abc import Callable
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, Protocol
+
+
+class StopRequest(Protocol):
+    """Asked between two pieces of work."""
+
+    @property
+    def received(self) -> int | None:
+        """None to go on; else the number of the signal, or 0 for another reason to stop."""
+        ...
 
 
 class StopSignals:

@@ -59,6 +59,15 @@ def write_tensors(folder: Path, loaded: LoadedModel, optimizer: torch.optim.Opti
 
 def read_tensors(folder: Path, loaded: LoadedModel, optimizer: torch.optim.Optimizer) -> None:
     """Put back what `write_tensors` wrote, bit for bit."""
+    read_weights(folder, loaded)
+    with safe_open(folder / OPTIMIZER, "pt") as file:
+        metadata = file.metadata()
+    load_optimizer_tensors(optimizer, load_file(folder / OPTIMIZER), metadata)
+    _restore_random_state(load_file(folder / RANDOM))
+
+
+def read_weights(folder: Path, loaded: LoadedModel) -> None:
+    """Put back the trained weights of a checkpoint alone."""
     path = folder / ADAPTER / "adapter_model.safetensors" if loaded.has_adapter else folder / WEIGHTS
     values = load_file(path)
     with torch.no_grad():
@@ -66,10 +75,6 @@ def read_tensors(folder: Path, loaded: LoadedModel, optimizer: torch.optim.Optim
             value = values[_stored_name(name) if loaded.has_adapter else name]
             assert value.dtype == parameter.dtype, f"{name}: {value.dtype} stored, {parameter.dtype} in use"
             parameter.copy_(value)
-    with safe_open(folder / OPTIMIZER, "pt") as file:
-        metadata = file.metadata()
-    load_optimizer_tensors(optimizer, load_file(folder / OPTIMIZER), metadata)
-    _restore_random_state(load_file(folder / RANDOM))
 
 
 def _stored_name(name: str) -> str:

@@ -12,6 +12,8 @@ from typing import Any
 from unsloth_factory.config.errors import UserError
 from unsloth_factory.data.readers.table import Row
 
+MAX_UNPACKED, MAX_PARTS = 2**30, 10_000  # of an xlsx file; a sheet of a million long rows has half of that
+
 
 def read_csv(text: str, path: Path, delimiter: str | None = None) -> Iterator[Row]:
     """Rows of delimited text; row numbers are the lines on which they begin.
@@ -77,7 +79,8 @@ def read_parquet(path: Path) -> Iterator[Row]:
     try:
         file = pyarrow.parquet.ParquetFile(path)
         number = 0
-        for batch in file.iter_batches():
+        # 1,024 rows: a dictionary-encoded column of long texts is a hundred times its size when written out.
+        for batch in file.iter_batches(batch_size=1024):
             for values in batch.to_pylist():
                 number += 1
                 yield Row(number, values)
@@ -98,21 +101,54 @@ def read_xlsx(path: Path) -> Iterator[Row]:
             f"{path}: reading Excel files needs openpyxl. Install it: pip install unsloth-factory[excel]"
         ) from None
     import zipfile
+    import zlib
+    from xml.etree.ElementTree import ParseError
 
+    damaged = (zipfile.BadZipFile, zlib.error, ParseError, openpyxl.utils.exceptions.InvalidFileException)
     try:
+        _refuse_bomb(path)
         book = openpyxl.load_workbook(path, read_only=True, data_only=True)
-    except (zipfile.BadZipFile, KeyError, OSError, ValueError, openpyxl.utils.exceptions.InvalidFileException) as error:
+        try:
+            yield from _sheet_rows(book, path)
+        finally:
+            book.close()
+    except UserError:
+        raise
+    except (*damaged, KeyError, OSError, ValueError, TypeError, AttributeError, IndexError, EOFError) as error:
+        # openpyxl lets whatever a malformed part of the archive runs into through.
         raise UserError(f"{path}: not a readable xlsx workbook ({error}). Save it again as .xlsx or .csv.") from None
+
+
+def _refuse_bomb(path: Path) -> None:
+    """A workbook is a zip archive, and its texts are read whole: a small file must not become many gigabytes."""
+    import zipfile
+
+    with zipfile.ZipFile(path) as archive:
+        parts = archive.infolist()
+    unpacked = sum(part.file_size for part in parts)  # zipfile stops reading a part there, whatever comes after
+    if unpacked > MAX_UNPACKED or len(parts) > MAX_PARTS:
+        raise UserError(
+            f"{path}: {len(parts):,} parts of {unpacked / 2**20:,.0f} MiB together when unpacked; at most "
+            f"{MAX_PARTS:,} and {MAX_UNPACKED / 2**20:,.0f} MiB are read. Save the table as .csv."
+        )
+
+
+def _sheet_rows(book: Any, path: Path) -> Iterator[Row]:
+    if not book.worksheets:
+        raise UserError(f"{path}: the workbook has no sheet of cells. Save the table as .csv.")
+    sheet = book.worksheets[0]
+    # Programs write wrong sizes, up to 16,384 columns for three; without them each row is as long as its cells.
+    sheet.reset_dimensions()
     header: list[str] | None = None
-    for number, cells in enumerate(book.worksheets[0].iter_rows(values_only=True), 1):
+    for number, cells in enumerate(sheet.iter_rows(values_only=True), 1):
         if all(cell is None or not str(cell).strip() for cell in cells):
             continue
         if header is None:
             header = _header(["" if cell is None else str(cell) for cell in cells], path)
-        else:
-            # Cells right of the header are None or notes that belong to no column.
-            yield Row(number, {name: cell for name, cell in zip(header, cells, strict=False) if name})
-    book.close()
+            continue
+        # Cells right of the header are None or notes that belong to no column; missing ones at the end are empty.
+        padded = [*cells, *[None] * (len(header) - len(cells))]
+        yield Row(number, {name: cell for name, cell in zip(header, padded, strict=False) if name})
 
 
 def _header(fields: Sequence[str], path: Path) -> list[str]:
