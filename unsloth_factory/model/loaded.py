@@ -54,6 +54,12 @@ class LoadedModel:
         """The transformers model inside (with LoRA layers in place, if any)."""
         return self.model.get_base_model() if self.has_adapter else self.model
 
+    @property
+    def decoder(self) -> Any:
+        """What makes hidden states of token ids: transformers' decoder or the fast engine's."""
+        # transformers finds its own classes alone
+        return self.causal_lm.model if self.engine == "fast" else self.causal_lm.get_decoder()
+
     def autocast(self) -> AbstractContextManager[Any]:
         """Within it float32 parameters (LoRA, trained layers) compute in `dtype`; nothing to do where all is float32.
 
@@ -61,22 +67,24 @@ class LoadedModel:
         """
         if self.dtype == torch.float32:
             return nullcontext()
+        if self.engine == "fast":  # casts by itself
+            return nullcontext()
         mixed = self.has_adapter or any(p.requires_grad for p in self.model.parameters())
         return torch.autocast(self.device.type, dtype=self.dtype) if mixed else nullcontext()
 
     def hidden_states(
         self, input_ids: torch.Tensor, position_ids: torch.Tensor, attention_mask: torch.Tensor | None
     ) -> torch.Tensor:
-        """Final normed hidden states, [B, T, h].
+        """Final normed hidden states, [B, T, h], on the device; the arguments are best on the CPU.
 
         Packed rows carry no attention mask: transformers then reads the document borders from the positions that start
         again at 0, provided that no cache is used.
         """
-        decoder = self.causal_lm.get_decoder()
+        inputs = {"input_ids": input_ids, "position_ids": position_ids, "attention_mask": attention_mask}
+        if self.engine != "fast":  # which finds the documents on the CPU, and would have to wait for the GPU
+            inputs = {name: None if x is None else x.to(self.device) for name, x in inputs.items()}
         with self.autocast():
-            output = decoder(
-                input_ids=input_ids, position_ids=position_ids, attention_mask=attention_mask, use_cache=False
-            )
+            output = self.decoder(**inputs, use_cache=False)
         return output.last_hidden_state
 
     @property

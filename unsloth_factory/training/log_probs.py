@@ -46,8 +46,7 @@ def token_log_probs(loaded: LoadedModel, batch: Batch, positions: TrainedPositio
     `loaded.logit_bytes`; a chunk's logits are computed again in the backward pass instead of being kept.
     """
     device = loaded.device
-    mask = None if batch.attention_mask is None else batch.attention_mask.to(device)
-    hidden = loaded.hidden_states(batch.input_ids.to(device), batch.position_ids.to(device), mask)
+    hidden = loaded.hidden_states(batch.input_ids, batch.position_ids, batch.attention_mask)
     rows = hidden.reshape(-1, hidden.shape[-1]).index_select(0, positions.index.to(device))  # [N, h]
     targets = positions.targets.to(device)
     head = loaded.lm_head
