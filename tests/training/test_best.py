@@ -54,6 +54,12 @@ def test_patience_ends_the_run_with_the_best_weights(tmp_path: Path, job_in, mon
     assert json.loads((job.folder.final_adapter / "unsloth_factory.json").read_text())["extra"]["step"] == 2
 
 
+def test_patience_that_is_spent_at_the_last_step_ends_nothing(tmp_path: Path, job_in, monkeypatch) -> None:
+    scripted(monkeypatch, {3: 1.0, 6: 2.0, 9: 2.0, 10: 2.0})
+    result = train(job_in(tmp_path, eval_items=HELD_OUT, watch=watch(early_stopping_patience=3)))
+    assert (result.steps, result.end, result.final_step) == (10, None, 3)
+
+
 def test_finished_early_stays_finished(tmp_path: Path, job_in, monkeypatch: pytest.MonkeyPatch) -> None:
     scripted(monkeypatch, {1: 2.0, 2: 2.5, 3: 2.5, 4: 1.0, 5: 3.0, 6: 3.0, 7: 3.0})
     run = {"eval_steps": 1, "save_steps": 1}

@@ -37,7 +37,7 @@ def judge(session: Session, figures: Mapping[str, float]) -> None:
     if gain > 0 and not (state.forgetting and watch.forgetting == "stop"):
         state.best_metric, state.best_value, state.best_step = watch.metric_for_best, value, state.step
     state.stale_evaluations = 0 if gain > watch.early_stopping_min_delta else state.stale_evaluations + 1
-    if _patience_spent(session):
+    if _patience_spent(session) and not session.over:
         state.end = (
             f"{PATIENCE}: {watch.metric_for_best} was no better in {state.stale_evaluations} evaluations "
             f"(best {state.best_value:.4f} at step {state.best_step})"

@@ -83,7 +83,7 @@ def _act(session: Session) -> None:
         f"{REASON}: the loss on general questions rose by {_rise(session):.3f} to {state.general_loss:.3f} nats a "
         f"token (limit {watch.forgetting_limit:g})"
     )
-    if watch.forgetting == "stop":
+    if watch.forgetting == "stop" and not session.over:
         state.end = rose
     elif watch.forgetting == "replay" and state.replay_from is None:
         state.replay_from, state.replay_data = state.step, data_hash(session.job.replay_items)

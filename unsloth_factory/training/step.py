@@ -84,7 +84,7 @@ def run_step(session: Session, step: int) -> StepResult:
         if repeats > REPEATS:
             raise memory.nothing_for_the_update(session, gradients.message)
         gradients = _gradients(session, step)
-    return _update(session, gradients) if gradients.units else _nothing(session, gradients)
+    return _update(session, gradients)
 
 
 def _gradients(session: Session, step: int) -> Gradients | Shortage:
@@ -187,7 +187,7 @@ def _update(session: Session, gradients: Gradients) -> StepResult:
         suspects = anomalies.suspects(session, gradients.batches, gradients.totals, gradients.loss)
     if applied:
         apply_update(session)
-    elif scaler is not None:
+    elif scaler is not None and gradients.units:
         scaler.update()  # lowers the loss scale when something is not finite
     session.optimizer.zero_grad()
     return StepResult(
@@ -201,19 +201,6 @@ def _update(session: Session, gradients: Gradients) -> StepResult:
         overflow=overflow,
         metrics=gradients.metrics,
         suspects=suspects,
-    )
-
-
-def _nothing(session: Session, gradients: Gradients) -> StepResult:
-    """A step without a single trained token: there is nothing to divide by, and nothing is applied."""
-    return StepResult(
-        loss=gradients.loss,
-        gradient_norm=gradients.norm,
-        tokens=gradients.tokens,
-        trained_tokens=0,
-        units=0,
-        applied=False,
-        suspects=anomalies.suspects(session, gradients.batches, [], gradients.loss),
     )
 
 
