@@ -32,9 +32,10 @@ peers: install
 	$(BIN)/python -m pip install --quiet -c constraints.txt trl
 	$(BIN)/python -m pytest -m peer
 
-# kill -9 at 200 random instants of training; `make test` does 20 of them
+# kill -9 at 200 random instants each of SFT, DPO and QLoRA training (KILLS=n for fewer) and time budgets of 60, 180 and
+# 300 s: more than an hour on two cores. `make test` does 20 kills and a budget of 30 s.
 torture: install
-	KILLS=$${KILLS:-200} $(BIN)/python -m pytest tests/torture -s
+	KILLS=$${KILLS:-200} $(BIN)/python -m pytest tests/torture -m torture -s
 
 gpu: install
 	$(BIN)/python -m pytest -m gpu
