@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_resume import metrics, stopping, weights
-from training_jobs import said, samples
+from training_jobs import metrics, said, samples, stopping, weights
 
 from unsloth_factory.config.errors import Stopped, UserError
 from unsloth_factory.config.settings import TuningSettings

@@ -70,7 +70,12 @@ def _start_afresh(session: Session) -> None:
         return
     # The newest is written before the oldest is deleted; the best is kept beside them.
     copies = job.run.save_total_limit + 1 + bool(job.eval_items and not job.watch.no_keep_best)
-    require_free_space(job.folder.path, copies * session.checkpoint_bytes, f"Training with {copies} checkpoints")
+    try:
+        require_free_space(job.folder.path, copies * session.checkpoint_bytes, f"Training with {copies} checkpoints")
+    except UserError:
+        if not job.folder.metrics.exists():
+            job.folder.data_report.unlink(missing_ok=True)  # nothing was trained here: leave no folder behind
+        raise
     if job.run.overwrite:
         job.store.discard_all()
         for old in (job.folder.final_adapter, job.folder.final_model):
