@@ -16,16 +16,18 @@ SMALLEST = 2**20
 """Bytes below which a tensor stays: the copies would cost more than they free."""
 
 
-def offloaded(loaded: LoadedModel, smallest: int = SMALLEST) -> torch.autograd.graph.saved_tensors_hooks:
+def offloaded(loaded: LoadedModel, smallest: int | None = None) -> torch.autograd.graph.saved_tensors_hooks:
     """A context for a forward pass: what it saves for the backward pass, weights apart, is kept in the CPU's memory.
 
-    Values and dtypes come back as they were, so gradients are bit-identical.
+    Values, dtypes and strides come back as they were, so gradients are bit-identical. Tensors of fewer bytes than
+    `smallest` (`SMALLEST`) stay where they are.
     """
+    least = SMALLEST if smallest is None else smallest
     weights = {p.untyped_storage().data_ptr() for p in loaded.model.parameters()}
     weights |= {b.untyped_storage().data_ptr() for b in loaded.model.buffers()}
 
     def pack(tensor: torch.Tensor) -> Any:
-        stays = tensor.nbytes < smallest or tensor.untyped_storage().data_ptr() in weights
+        stays = tensor.nbytes < least or tensor.untyped_storage().data_ptr() in weights
         return tensor if stays else (tensor.device, _to_host(tensor))
 
     def unpack(packed: Any) -> torch.Tensor:
