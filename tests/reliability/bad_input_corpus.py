@@ -300,10 +300,13 @@ def encodings(source: random.Random) -> Iterator[Case]:
         yield Case("wrong --encoding", encoding, "d.jsonl", content, fate, None, encoding, ("--encoding", encoding))
 
 
-def workbook(rows: list[list[object]], dimension: str = "") -> bytes:
-    """A minimal xlsx with inline strings."""
+def workbook(rows: list[list[object]], dimension: str = "", last: int = 0) -> bytes:
+    """A minimal xlsx with inline strings; the last row may have a number far below the others."""
     cells = "".join(
-        "<row>" + "".join(f'<c t="inlineStr"><is><t>{cell}</t></is></c>' for cell in row) + "</row>" for row in rows
+        ("<row>" if not last or row is not rows[-1] else f'<row r="{last}">')
+        + "".join(f'<c t="inlineStr"><is><t>{cell}</t></is></c>' for cell in row)
+        + "</row>"
+        for row in rows
     )
     main = 'xmlns="http://schemas.openxmlformats.org/spreadsheetml/2006/main"'
     relations = "http://schemas.openxmlformats.org/officeDocument/2006/relationships"
@@ -360,8 +363,8 @@ def binaries(source: random.Random) -> Iterator[Case]:
     ):
         yield Case("xlsx", label, "d.xlsx", content, "refused", None, says)
     rows: list[list[object]] = [["question", "answer"], *[[f"问{i}", f"答{i}"] for i in range(GOOD)], ["问"]]
-    huge = workbook(rows, '<dimension ref="A1:XFD1048576"/>')
-    yield Case("xlsx", "claims 17 billion cells", "d.xlsx", huge, "row", GOOD + 2, "missing")
+    huge = workbook(rows, '<dimension ref="A1:XFD1048576"/>', last=1_048_576)
+    yield Case("xlsx", "claims 17 billion cells", "d.xlsx", huge, "row", 1_048_576, "missing")
     with_nulls = [*good_rows(GOOD), {"instruction": "问", "output": None}]
     yield Case("parquet", "null", "d.parquet", parquet(with_nulls), "row", GOOD + 1, "missing")
     for label, rows_ in (("other columns", [{"a": 1}]), ("lists", [{"instruction": ["问"], "output": ["答"]}] * 3),
