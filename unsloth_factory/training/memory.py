@@ -100,7 +100,7 @@ def nothing_for_the_update(session: Session, message: str) -> UserError:
 def watch(session: Session) -> None:
     """After a step: warn, once for each reason, before the memory runs out."""
     state = session.state
-    warning = session.memory_watch.warning(session.meter.read(), session.total_steps - state.step)
+    warning = session.memory_watch.warning(session.meter.read(), session.steps_to_come)
     if warning is not None:
         loop = session.job.loop
         smaller = (

@@ -22,7 +22,7 @@ def begin(session: Session) -> None:
     box = session.time_box
     if not box.limited or session.over:
         return
-    box.open()
+    box.open(_saves_at_end(session))
     if session.state.progress is None:
         _place(session)
     if box.left <= box.reserve():
@@ -30,6 +30,16 @@ def begin(session: Session) -> None:
             f"--time_budget {duration(box.seconds)}: {duration(box.used)} went by before the first step. "
             "Give it more time: reading the model and the data counts."
         )
+
+
+def _saves_at_end(session: Session) -> float:
+    """What follows the last step, in checkpoints: one, the final weights, and the best one where it is read again."""
+    job = session.job
+    final = 1.0
+    if not job.loaded.has_adapter:  # the whole model in 16 bit, of which perhaps only some layers were trained
+        _, total = job.loaded.parameter_counts()
+        final = max(1.0, 2.0 * total / session.checkpoint_bytes)
+    return 1.0 + final + job.watch.takes_best
 
 
 def _place(session: Session) -> None:
@@ -53,7 +63,7 @@ def after_step(session: Session) -> None:
     fitting, ends = steps_left, False
     if box.limited and steps_left:
         if box.measured:
-            fitting = box.steps_that_fit(steps_left, session.evaluation_steps, session.job.run.save_steps)
+            fitting = box.fitting = box.steps_that_fit(steps_left, session.evaluation_steps, session.job.run.save_steps)
         ends = fitting == 0 or not box.step_fits()
     fitting, ends = _first_decides(session, fitting, ends)
     state.progress, state.step_share = box.advance(state.progress, fitting)

@@ -20,6 +20,9 @@ from unsloth_factory.training.session import Session
 from unsloth_factory.training.shortage import Shortage, attempt
 from unsloth_factory.training.step import add_gradients, start_over
 
+MOST_STEPS = 100_000
+"""Steps whose lengths are looked at: two seconds."""
+
 
 def probe(session: Session) -> None:
     """Allocate the optimizer's state; then try the longest micro-batches of the run, where that is worth it.
@@ -94,10 +97,11 @@ def _probe_evaluation(session: Session) -> None:
 def longest_micro_batch(session: Session) -> Sequence[Any]:
     """The samples of the micro-batch that holds the most tokens, of all that are still to come.
 
-    Only lengths are looked at: 100,000 samples x 3 epochs take under a second.
+    Only lengths are looked at: 100,000 samples x 3 epochs take under a second. Of a run that --time_budget will end
+    there may be millions of steps: the first `MOST_STEPS` are looked at.
     """
     limit, most, found = session.state.levers.micro_batch_tokens, 0, session.job.train_items[:1]
-    for step in range(session.state.step, session.total_steps):
+    for step in range(session.state.step, min(session.total_steps, session.state.step + MOST_STEPS)):
         for group in planned(session, step):
             if _tokens(session, group) <= most:
                 continue  # cutting does not make it longer

@@ -131,6 +131,12 @@ class Session:
         return self.state.end is not None or self.state.step >= self.total_steps
 
     @property
+    def steps_to_come(self) -> int:
+        """Steps that are left, as far as the time is expected to allow."""
+        left = self.total_steps - self.state.step
+        return left if self.time_box.fitting is None else min(left, self.time_box.fitting)
+
+    @property
     def evaluation_steps(self) -> int:
         """Steps between two evaluations."""
         return self.job.run.eval_steps or self.job.run.save_steps

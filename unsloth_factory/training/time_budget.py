@@ -33,8 +33,6 @@ MOST_SECOND_TRY = 0.03
 """Share of the budget that one of them may take to be tried again at half-time: speed and answers change."""
 MOST_EVALUATION = 0.15
 """Share of the time left that the first evaluation may take until it is given up."""
-SAVES_AT_END = 2
-"""What is written after the last step: a checkpoint and the final weights, which hold no more than it."""
 
 
 def process_started() -> float:
@@ -92,9 +90,12 @@ class TimeBox:
         self.costs = {kind: Cost() for kind in ("step", "evaluation", "save", "plot")}
         self.evaluates = True
         """Evaluations are done; False once one took too long."""
+        self.fitting: int | None = None
+        """Steps that are expected to follow; None before that is known."""
         self._counts = dict.fromkeys(self.costs, 0)
         self._unpaced = 0
         self._closing = closing
+        self._saves_at_end = 2.0
         self._mark = self._opened = clock()
 
     @property
@@ -112,8 +113,13 @@ class TimeBox:
         """Time to the end of the budget, s."""
         return self.seconds - self.used
 
-    def open(self) -> None:
-        """The first step begins."""
+    def open(self, saves_at_end: float = 2.0) -> None:
+        """The first step begins.
+
+        Args:
+            saves_at_end: What is written and read after the last step, in checkpoints.
+        """
+        self._saves_at_end = saves_at_end
         self._mark = self._opened = self.clock()
         # Leaving the process took 0.2 to 0.3 s where entering took 10 to 15; a slow machine is slow at both.
         self._closing += 0.2 + 0.03 * self.used + min(15.0, 0.2 + 0.005 * self.seconds)
@@ -155,7 +161,7 @@ class TimeBox:
     def reserve(self, *, evaluation: bool = True) -> float:
         """Time to keep for what comes after the last step, s."""
         final = self.costs["evaluation"].high if evaluation and self.evaluates else 0.0
-        return final + SAVES_AT_END * self.costs["save"].high + self.costs["plot"].high + self._closing
+        return final + self._saves_at_end * self.costs["save"].high + self.costs["plot"].high + self._closing
 
     def step_fits(self, before: Collection[str] = ()) -> bool:
         """One more step fits, with other work before it."""
