@@ -96,10 +96,10 @@ class HostMeter:
 
     def read(self) -> Reading:
         """The present figures."""
-        used = self.process.memory_info().rss
-        self.highest = max(self.highest, used, _high_water())
-        free = min([psutil.virtual_memory().available, *cgroup_rooms()])
-        return Reading(used=used, peak=self.highest, limit=used + free)
+        held = self.process.memory_info()
+        self.highest = max(self.highest, held.rss, _high_water())
+        free = min([psutil.virtual_memory().available, *cgroup_rooms(), *_address_rooms(self.process)])
+        return Reading(used=held.rss, peak=self.highest, limit=held.rss + free)
 
     def reset_peak(self) -> None:
         """Let the peak count from now on (Linux's own high-water mark too, where that is allowed)."""
@@ -124,6 +124,14 @@ def _high_water() -> int:
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
     except (OSError, StopIteration):
         return 0
+
+
+def _address_rooms(process: psutil.Process) -> list[int]:
+    """Bytes of address space that are left (`ulimit -v`), where there is a limit."""
+    if not hasattr(psutil, "RLIMIT_AS"):
+        return []
+    limit = process.rlimit(psutil.RLIMIT_AS)[0]
+    return [] if limit == psutil.RLIM_INFINITY else [max(0, limit - process.memory_info().vms)]
 
 
 def cgroup_rooms(root: Path = CGROUP, membership: Path = Path("/proc/self/cgroup")) -> list[int]:
