@@ -22,7 +22,7 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -304,27 +304,20 @@ def plans(models: Path, runs: Path, names: list[str]) -> None:
     from unsloth_factory.commands.plan import choice_of, forecaster_of
     from unsloth_factory.config.commands import PlanConfig
     from unsloth_factory.config.parse import parse
-    from unsloth_factory.training.estimate.forecast import Forecaster
 
     for case in (CASES[name] for name in names):
         words = case.flags(models / case.model, runs / f"{case.name}.jsonl")
         words += ["--method", case.method, "--gpu", os.environ.get("PLAN_GPU", "auto")]
-        started = time.time()
-        forecaster, _ = forecaster_of(parse(PlanConfig, words).config)
-        choice = choice_of(parse(PlanConfig, words).config, forecaster.training)
-        forecast = forecaster.forecast(choice)
-        usual = Forecaster(forecaster.training, forecaster.workload, forecaster.gpu).forecast(choice)
-        host = forecaster.host_of(replace(forecaster.training, checkpointing=case.checkpointing))
+        config = parse(PlanConfig, words).config
+        forecaster = forecaster_of(config)
+        forecast = forecaster.forecast(choice_of(config, forecaster.training))
         plan = {
             "name": case.name,
             "reserved": forecast.memory.reserved,
             "allocated": forecast.memory.allocated,
             "tokens_per_second": forecast.tokens_per_second,
-            "tokens_per_second_with_usual_host": usual.tokens_per_second,
             "host_bound": forecast.host_bound,
             "longest": forecast.longest,
-            "host": asdict(host),
-            "took": round(time.time() - started, 1),
         }
         print(json.dumps(plan), flush=True)
 

@@ -30,7 +30,6 @@ from unsloth_factory.training.estimate.forecast import (
     larger,
     longest_that_fits,
 )
-from unsloth_factory.training.estimate.measure import measured_gpu, measured_host
 from unsloth_factory.training.estimate.memory import Training
 
 LONGEST_TRIED = 32_768
@@ -43,8 +42,6 @@ class Plan:
     config: PlanConfig
     model: ModelShape
     gpu: Gpu
-    here: bool
-    """The card is that of this machine, and its pace was measured."""
     asked: Forecast
     """With the settings as given."""
     advised: Forecast | None
@@ -73,7 +70,6 @@ class Plan:
             "allocated": self.asked.memory.allocated,
             "context": self.gpu.context,
             "gpu": asdict(self.gpu),
-            "measured_here": self.here,
             "parameters": self.model.parameters(),
             "trained_parameters": self.asked.memory.trained,
             "samples": self.samples,
@@ -104,7 +100,7 @@ def make_plan(config: PlanConfig) -> Plan:
     Raises:
         UserError: The model, the data or the card cannot be planned with.
     """
-    forecaster, here = forecaster_of(config)
+    forecaster = forecaster_of(config)
     choice = choice_of(config, forecaster.training)
     asked = forecaster.forecast(choice)
     given_up: list[str] = []
@@ -118,7 +114,6 @@ def make_plan(config: PlanConfig) -> Plan:
         config=config,
         model=forecaster.training.shape,
         gpu=forecaster.gpu,
-        here=here,
         asked=asked,
         advised=advised,
         given_up=tuple(given_up),
@@ -129,8 +124,8 @@ def make_plan(config: PlanConfig) -> Plan:
     )
 
 
-def forecaster_of(config: PlanConfig) -> tuple[Forecaster, bool]:
-    """What answers for any choice of settings; and whether its card is the one of this machine.
+def forecaster_of(config: PlanConfig) -> Forecaster:
+    """What answers for any choice of settings.
 
     Raises:
         UserError: The model, the data or the card cannot be planned with.
@@ -138,9 +133,9 @@ def forecaster_of(config: PlanConfig) -> tuple[Forecaster, bool]:
     _check(config)
     path = find_config(config.model.model, config.model.hub)
     shape = read_shape(path)
-    gpu, here = _gpu(config.gpu)
+    gpu = _gpu(config.gpu)
     training = _training(config, shape, gpu)
-    return Forecaster(training, workload_of(config, path), gpu, measured_host if here else None), here
+    return Forecaster(training, workload_of(config, path), gpu)
 
 
 def choice_of(config: PlanConfig, training: Training) -> Choice:
@@ -166,14 +161,13 @@ def _check(config: PlanConfig) -> None:
         raise UsageError(f"--engine {config.model.engine}: only the standard engine can be planned for.")
 
 
-def _gpu(name: str) -> tuple[Gpu, bool]:
-    """(card, it is the one in this machine)."""
+def _gpu(name: str) -> Gpu:
     if name.lower() != "auto":
-        return find_gpu(name), False
+        return find_gpu(name)
     found = present_gpu()
     if found is None:
         raise UsageError("--gpu auto: no CUDA GPU here. Name one, such as --gpu T4, or its memory: --gpu 16GB.")
-    return measured_gpu(found), True
+    return found
 
 
 def _training(config: PlanConfig, shape: ModelShape, gpu: Gpu) -> Training:

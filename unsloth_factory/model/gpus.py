@@ -7,7 +7,9 @@ what is sustained, and are called a model wherever they are printed.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
 
 from unsloth_factory.config.errors import UsageError
 
@@ -96,14 +98,44 @@ def find_gpu(name: str) -> Gpu:
 
 
 def present_gpu() -> Gpu | None:
-    """The card of this machine by what torch reports; with the rates of its kind where that is in the table."""
+    """The card of this machine as torch reports it, with the rates of its kind, or measured where these are unknown."""
     import torch
 
     if not torch.cuda.is_available():
         return None
     index = torch.cuda.current_device()
     properties = torch.cuda.get_device_properties(index)
-    return _recognised(properties.name, properties.total_memory, torch.cuda.get_device_capability(index))
+    gpu = _recognised(properties.name, properties.total_memory, torch.cuda.get_device_capability(index))
+    return gpu if gpu.products is not None else _measured(gpu)
+
+
+def _measured(gpu: Gpu) -> Gpu:
+    """The card in this machine with the rates of a 4096^3 product and of a copy."""
+    import torch
+
+    dtype = torch.bfloat16 if gpu.capability >= (8, 0) else torch.float16
+    first, second = (torch.randn(4096, 4096, device="cuda", dtype=dtype) for _ in range(2))
+    products = 2 * 4096**3 / _seconds(torch.matmul, first, second)
+    source = torch.randn(2**26, device="cuda", dtype=dtype)
+    bandwidth = 4 * 2**26 / _seconds(torch.empty_like(source).copy_, source)
+    del first, second, source
+    torch.cuda.empty_cache()
+    return replace(gpu, products=products, bandwidth=bandwidth, measured=True, source="measured here")
+
+
+def _seconds(function: Callable[..., Any], *arguments: Any, repeats: int = 20) -> float:
+    """Time of one call on the card."""
+    import torch
+
+    for _ in range(5):
+        function(*arguments)
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(repeats):
+        function(*arguments)
+    stop.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(stop) / repeats / 1e3
 
 
 def _recognised(name: str, memory: int, capability: tuple[int, int]) -> Gpu:
@@ -111,7 +143,5 @@ def _recognised(name: str, memory: int, capability: tuple[int, int]) -> Gpu:
     words = re.split(r"[\s-]+", name.upper())
     for key, known in GPUS.items():
         if key.split("-")[0] in words and abs(known.memory - memory) < 0.1 * memory:
-            return Gpu(
-                name, memory, known.products, known.bandwidth, capability, known.context, known.measured, known.source
-            )
+            return replace(known, name=name, memory=memory, capability=capability)
     return Gpu(name, memory, capability=capability, source="not in the table")

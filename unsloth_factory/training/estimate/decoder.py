@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 from unsloth_factory.training.estimate.layers import Operations, Weights
@@ -17,6 +17,8 @@ Maker = Callable[[Value], Value]
 @dataclass
 class Decoder(Operations):
     """A rehearsed model; `run` is one micro-batch with its gradients."""
+
+    head_gradient: list[Buffer] = field(default_factory=list)
 
     def run(self, reference_first: bool = False) -> None:
         """Forward, loss and backward pass; before it the reference policy's forward pass (DPO)."""
@@ -33,6 +35,13 @@ class Decoder(Operations):
         del loss
         assert node is not None, "nothing trains"
         self.tape.run_backward(node, Value(Buffer(self.memory, 4 * count, "temporaries"), count, 4))
+
+    def accumulate(self, name: str, gradient: Buffer) -> None:
+        """A matrix that is embedding and head waits for both gradients before they reach the parameter's."""
+        if name == "tied head":
+            self.head_gradient.append(gradient)
+        else:
+            super().accumulate(name, gradient)
 
     def _phase(self, name: str) -> None:
         self.tape.phase = name
@@ -269,8 +278,10 @@ class Decoder(Operations):
         return value
 
     def _embedding_backward(self, _: Value) -> tuple[Value | None, ...]:
-        count = self.shape.embedding
-        self.accumulate("embedding", self.plain(4 * count, "gradients", 4.0 * self.rows.count * self.shape.hidden))
+        gradient = self.plain(4 * self.shape.embedding, "gradients", 4.0 * self.rows.count * self.shape.hidden)
+        if self.head_gradient:
+            self.tape.spend(3.0 * gradient.block.size)
+        self.accumulate("embedding", self.head_gradient.pop() if self.head_gradient else gradient)
         return ()
 
     def _log_probs(self) -> Value:
@@ -295,7 +306,7 @@ class Decoder(Operations):
         return self._join(pieces)
 
     def _head_weight(self) -> Value:
-        name = "embedding" if self.shape.tied else "head"
+        name = "tied head" if self.shape.tied else "head"
         return self.half_weight(name, self.shape.hidden * self.shape.vocabulary)
 
     def _slice(self, rows: Value) -> Value:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from unsloth_factory.config.settings import OptimizerType
 from unsloth_factory.model.gpus import Gpu
 from unsloth_factory.training.estimate.memory import MemoryEstimate, Rehearsal, Training
-from unsloth_factory.training.estimate.speed import Host, Pace, update_seconds, usual_host
+from unsloth_factory.training.estimate.speed import Host, Pace, update_seconds
 from unsloth_factory.training.estimate.workload import Workload
 
 Verdict = Literal["fits", "tight", "does not fit"]
@@ -62,11 +62,9 @@ class Forecast:
 class Forecaster:
     """Forecasts for choices around one training on one card; each choice is worked out once."""
 
-    def __init__(
-        self, training: Training, workload: Workload, gpu: Gpu, host_of: Callable[[Training], Host] | None = None
-    ) -> None:
+    def __init__(self, training: Training, workload: Workload, gpu: Gpu, host: Host | None = None) -> None:
         self.training, self.workload, self.gpu = training, workload, gpu
-        self.host_of = host_of or usual_host
+        self.host = host or Host()
         self._known: dict[Choice, Forecast] = {}
 
     def forecast(self, choice: Choice) -> Forecast:
@@ -96,10 +94,9 @@ class Forecaster:
         )
         if self.gpu.products is None or self.gpu.bandwidth is None:
             return forecast
-        host = self.host_of(training)
-        pace = Pace(training, self.gpu, host, steps.batches)
+        pace = Pace(training, self.gpu, self.host, steps.batches)
         seconds = sum(pace.seconds(rows.count) for rows in steps.batches)
-        seconds += steps.count * update_seconds(training, self.gpu, host)
+        seconds += steps.count * update_seconds(training, self.gpu, self.host)
         return replace(forecast, seconds=seconds, host_bound=pace.typical.host_bound)
 
 

@@ -1,7 +1,8 @@
 """Time of a micro-batch from the cost of its operations: the card works while Python hands it the next kernels.
 
-Whichever is slower decides, phase by phase. The figures of `Host` and the shares below were fitted to eight
-configurations on one H200 (benchmarks/plan_accuracy.py, c1 to c8, 2026-11-22); for other cards they are a model.
+Whichever is slower decides, phase by phase. `Host` and the shares below were fitted on one machine with an H200
+(benchmarks/plan_accuracy.py, 2026-11-22: c1 to c8 for the card, these and v01 to v12 for Python); elsewhere they are a
+model. Its Python was unsteady: steps of the same run differed by half where it set the pace.
 """
 
 from __future__ import annotations
@@ -28,28 +29,12 @@ MASKED_SHARE = {"forward": 0.39, "backward": 0.35}
 class Host:
     """Seconds that Python and torch take to hand over one kernel, by phase."""
 
-    forward: float = 46e-6
-    recompute: float = 101e-6
+    forward: float = 43e-6
+    recompute: float = 94e-6
     """A checkpointed layer's second forward pass, with the hooks of both passes."""
-    backward: float = 42e-6
+    backward: float = 39e-6
     tensor: float = 80e-6
     """An 8-bit optimizer's update of one parameter."""
-    measured: bool = False
-
-    def slowed(self, factor: float, measured: bool = False) -> Host:
-        """A machine that takes `factor` times as long."""
-        return Host(
-            self.forward * factor, self.recompute * factor, self.backward * factor, self.tensor * factor, measured
-        )
-
-
-NF4_PACE = 0.75
-"""The kernels of 4-bit layers are handed over by the library itself, faster than one by one from Python."""
-
-
-def usual_host(training: Training) -> Host:
-    """The pace where it was not measured: that of the machine with the H200."""
-    return Host().slowed(NF4_PACE) if training.quantized else Host()
 
 
 @dataclass(frozen=True)
