@@ -248,6 +248,7 @@ def test_security_only_language_models(exported, copy_of, kind):
     ],
 )
 def test_security_adapter_config(exported, copy_of, key, value, message):
+    """An adapter's config that asks for Python code, or holds a pattern that hangs the matcher, is refused at once."""
     adapter = copy_of(exported.adapter, "adapter")
     edit(adapter / "adapter_config.json", **{key: value})
     started = time.monotonic()
