@@ -90,6 +90,7 @@ SECURITY = {
     "no_outbound": "no network unless asked",
 }
 TARGETS = {
+    "bad_input": "bad input of every kind",
     "atomic": "fail the Nth write, flush or rename",
     "determinism": "the same bytes twice",
     "gguf_fuzz": "mutated GGUF headers",

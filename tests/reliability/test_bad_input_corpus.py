@@ -107,7 +107,8 @@ def sft(path: Path, *flags: object) -> Outcome:
     return uf(*line, *flags)
 
 
-def test_the_corpus_is_large() -> None:
+def test_target_bad_input_corpus() -> None:
+    """More than 600 bad files, the same bytes from the same seed; each through the real command line within 10 s."""
     made = [*DATA, *settings.settings_cases(), *settings.registry_cases(), *settings.pack_cases()]
     made += [*settings.plan_cases(), *settings.template_cases()]
     assert len(made) >= 600
@@ -117,19 +118,23 @@ def test_the_corpus_is_large() -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.usefixtures("stop_behind_the_data")
-def test_bad_data(family: str, tmp_path: Path) -> None:
+def test_target_bad_input_data(family: str, tmp_path: Path) -> None:
+    """Encodings x shapes x kinds of file x faults: refused by name and line, or the good rows kept and the bad one named."""
+
     def check(case: Case, path: Path) -> str | None:
         return judge_rows(case, path) if case.fate == "row" else judge(case, path, sft(path, *case.flags))
 
     assert faults([case for case in DATA if case.family == family], tmp_path, check) == []
 
 
-def test_bad_settings_files(tmp_path: Path) -> None:
+def test_target_bad_input_settings(tmp_path: Path) -> None:
+    """Settings files: exit code 2 with file and line."""
     made = list(settings.settings_cases())
     assert faults(made, tmp_path, lambda case, path: judge(case, path, uf("sft", path))) == []
 
 
-def test_bad_plans(tmp_path: Path) -> None:
+def test_target_bad_input_plans(tmp_path: Path) -> None:
+    """Plans: exit code 2 with the stage."""
     made = list(settings.plan_cases())
     assert faults(made, tmp_path, lambda case, path: judge(case, path, uf("run", path))) == []
 
@@ -142,7 +147,9 @@ def beside(path: Path) -> Path:
 
 
 @pytest.mark.usefixtures("stop_behind_the_data")
-def test_bad_registries(tmp_path: Path) -> None:
+def test_target_bad_input_registries(tmp_path: Path) -> None:
+    """Registries of data sets: refused by file, entry and key."""
+
     def check(case: Case, path: Path) -> str | None:
         beside(path)
         name = "医" if case.label == "GBK" else "mine"
@@ -152,12 +159,14 @@ def test_bad_registries(tmp_path: Path) -> None:
     assert faults(list(settings.registry_cases()), tmp_path, check) == []
 
 
-def test_bad_packs(tmp_path: Path) -> None:
+def test_target_bad_input_packs(tmp_path: Path) -> None:
+    """Domain packs: exit code 2 with the file."""
     made = list(settings.pack_cases())
     assert faults(made, tmp_path, lambda case, path: judge(case, path, sft(beside(path), "--domain", path))) == []
 
 
-def test_bad_templates(tmp_path: Path, random_model_dir: Path) -> None:
+def test_target_bad_input_templates(tmp_path: Path, random_model_dir: Path) -> None:
+    """Chat templates: refused before the training."""
     import unsloth_factory.commands.train  # noqa: F401 - torch's import must not run into the clock
 
     def check(case: Case, path: Path) -> str | None:
@@ -181,7 +190,8 @@ def special_files(folder: Path) -> dict[str, Path]:
 
 
 @pytest.mark.usefixtures("stop_behind_the_data")
-def test_what_is_no_file(tmp_path: Path) -> None:
+def test_target_bad_input_special_files(tmp_path: Path) -> None:
+    """Folders, pipes, devices, link loops and impossible names as data: refused at once."""
     for name, path in special_files(tmp_path).items():
         signal.alarm(HANG_SECONDS)
         fault = judge(Case("special", name, "jsonl", b"", "refused"), path, sft(path))
@@ -193,7 +203,7 @@ def test_what_is_no_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("stop_behind_the_data")
-def test_a_list_longer_than_a_file_name_may_be(tmp_path: Path) -> None:
+def test_target_bad_input_long_lists(tmp_path: Path) -> None:
     names = [tmp_path / f"{number:050}.jsonl" for number in range(40)]
     for name in names:
         name.write_text(dumps(good_rows(1)[0]), encoding="utf-8")
@@ -217,7 +227,8 @@ def mutated(source: random.Random, content: bytes) -> bytes:
 
 
 @pytest.mark.usefixtures("stop_behind_the_data")
-def test_files_changed_at_random(tmp_path: Path) -> None:
+def test_target_bad_input_random_files(tmp_path: Path) -> None:
+    """Good files with random changes: read or refused, never a traceback."""
     source = random.Random(7)
     rows = good_rows(4)
     talks = [{"messages": [{"role": "user", "content": "问"}, {"role": "assistant", "content": "答"}]}] * 3
@@ -237,7 +248,7 @@ def test_files_changed_at_random(tmp_path: Path) -> None:
     assert faults(made, tmp_path, lambda case, path: judge(case, path, sft(path))) == []
 
 
-def test_settings_changed_at_random(tmp_path: Path) -> None:
+def test_target_bad_input_random_settings(tmp_path: Path) -> None:
     source = random.Random(8)
     text = b"model: tiny\ndataset: [a, b]\nepochs: 3\ncolumns: {prompt: a}\nlearning_rate: 1e-4\nno_packing: yes\n"
     for number in range(FUZZ):
@@ -250,7 +261,7 @@ def test_settings_changed_at_random(tmp_path: Path) -> None:
             continue
 
 
-def test_the_clock_and_the_judge_are_awake(tmp_path: Path) -> None:
+def test_target_bad_input_judge(tmp_path: Path) -> None:
     signal.setitimer(signal.ITIMER_REAL, 0.05)
     with pytest.raises(AssertionError, match="took more than"):
         time.sleep(1)
