@@ -108,7 +108,7 @@ def sft(path: Path, *flags: object) -> Outcome:
 
 
 def test_target_bad_input_corpus() -> None:
-    """More than 600 bad files, the same bytes from the same seed; each through the real command line, or its loader, within 10 s."""
+    """600 bad files, the same bytes from the same seed; through the real command line or its loader, 10 s for each."""
     made = [*DATA, *settings.settings_cases(), *settings.registry_cases(), *settings.pack_cases()]
     made += [*settings.plan_cases(), *settings.template_cases()]
     assert len(made) >= 600
@@ -119,7 +119,7 @@ def test_target_bad_input_corpus() -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.usefixtures("stop_behind_the_data")
 def test_target_bad_input_data(family: str, tmp_path: Path) -> None:
-    """Encodings x shapes x kinds of file x faults: refused by name and line, or only the bad row left out, by its line."""
+    """Encodings x shapes x kinds of file x faults: refused by name and line, or the bad row alone left out."""
 
     def check(case: Case, path: Path) -> str | None:
         return judge_rows(case, path) if case.fate == "row" else judge(case, path, sft(path, *case.flags))
