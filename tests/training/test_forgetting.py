@@ -198,6 +198,17 @@ def test_replay_goes_on_with_the_same_rows_or_none(tmp_path: Path, job_in, monke
     assert "--forgetting changed from replay to warn: accepted (from here on)" in said(job)
 
 
+@pytest.mark.parametrize("policy", ["replay", "stop"])
+def test_after_a_warning_the_resumed_run_may_act(tmp_path: Path, job_in, monkeypatch, policy: Any) -> None:
+    scripted(monkeypatch, {0: 2.0, 3: 2.5, 6: 2.5, 9: 2.5, 10: 2.5})
+    with pytest.raises(Stopped):
+        train(job_of(job_in, tmp_path, method=stopping(Sft(), 8)))
+    job = job_of(job_in, tmp_path, policy, run={"resume": "auto"}, watch={"load_best": False})
+    result = train(job)
+    assert (result.steps == 6) == (policy == "stop")
+    assert ("from here on 2 general rows" in said(job)) == (policy == "replay")
+
+
 def test_replayed_rows_are_a_function_of_seed_and_step(tmp_path: Path, job_in) -> None:
     session = open_session(job_of(job_in, tmp_path, "replay", watch={"replay_samples": 3}), SimpleNamespace())  # type: ignore[arg-type]
     session.state.replay_from = 4

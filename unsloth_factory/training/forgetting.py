@@ -47,7 +47,7 @@ def note_start(session: Session, loss: float) -> None:
 
 
 def judge(session: Session, loss: float) -> dict[str, float]:
-    """Act on a new general loss; returns its figures for metrics.jsonl."""
+    """Take in a new general loss, before `act`; returns its figures for metrics.jsonl."""
     state = session.state
     if not measures(session):
         return {}
@@ -56,9 +56,7 @@ def judge(session: Session, loss: float) -> dict[str, float]:
     if state.general_start is None or not math.isfinite(loss):
         return {"general_loss": loss}
     state.general_loss = loss
-    was, state.forgetting = state.forgetting, _past_limit(session)
-    if state.forgetting and not was:
-        _act(session)
+    state.forgetting = _past_limit(session)
     return {"general_loss": loss, "general_loss_start": state.general_start}
 
 
@@ -76,8 +74,8 @@ def _unknown(session: Session) -> bool:
     return (session.state.general_start or 0.0) > UNKNOWN * guessing
 
 
-def _act(session: Session) -> None:
-    """The limit has just been passed."""
+def act(session: Session) -> None:
+    """Do what --forgetting says; called when the limit has just been passed."""
     state, watch = session.state, session.job.watch
     rose = (
         f"{REASON}: the loss on general questions rose by {_rise(session):.3f} to {state.general_loss:.3f} nats a "
@@ -119,6 +117,8 @@ def reconsider(session: Session) -> None:
         session.progress.say(f"The run had ended ({state.end}); {way_on}")
         state.end, state.forgetting = (state.end, True) if still else (None, False)
     if state.replay_from is None:
+        # Past the limit and nothing done yet: --forgetting was warn. The next evaluation shall act.
+        state.forgetting = state.forgetting and (state.end is not None or watch.forgetting == "warn")
         return
     if watch.forgetting != "replay":
         session.progress.say(

@@ -37,7 +37,7 @@ def look(session: Session, stop: StopRequest) -> dict[str, float] | None:
     None when a signal came in between: then nothing is remembered, and the resumed run looks again.
     """
     state, job = session.state, session.job
-    ended_before = state.end is not None
+    ended_before, forgot_before = state.end is not None, state.forgetting
     leave = _leave(session, stop)
     held_out = evaluate(session, job.eval_items, job.method, leave) if job.eval_items else (math.nan, {})
     general = _general_loss(session, leave) if held_out is not None else None
@@ -50,6 +50,8 @@ def look(session: Session, stop: StopRequest) -> dict[str, float] | None:
     generations.keep(session, answers)
     session.progress.say(f"step {state.step}: {_summary(session, figures)}")
     generations.show(session, answers)
+    if state.forgetting and not forgot_before:
+        forgetting.act(session)
     if state.end is not None and not ended_before:
         session.progress.say(f"The run ends at step {state.step} of {session.total_steps}: {state.end}")
     return figures
