@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import shutil
 import time
@@ -22,6 +23,7 @@ from unsloth_factory.training.plot import plot_loss
 from unsloth_factory.training.probe import probe
 from unsloth_factory.training.progress import Progress, peak_memory
 from unsloth_factory.training.session import Session, open_session
+from unsloth_factory.training.shortage import insist
 from unsloth_factory.training.signals import StopSignals
 from unsloth_factory.training.step import StepResult, run_step
 from unsloth_factory.training.tensors import read_tensors, require_finite, write_tensors
@@ -250,13 +252,15 @@ def save(session: Session) -> None:
         "fingerprint": session.fingerprint,
         "harmless": resume.harmless_settings(job.loop, job.run, job.watch, job.guard),
     }
-    job.store.save(
+    write = functools.partial(
+        job.store.save,
         session.state.step,
         lambda folder: write_tensors(folder, job.loaded, session.optimizer.optimizer),
         state,
         session.checkpoint_bytes,
         keep=best.kept(session),
     )
+    insist(write, session.meter.release)  # for want of memory nothing is left behind, so it can be done again
 
 
 def finish(session: Session) -> TrainResult:
