@@ -16,8 +16,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "commands"))
 
 import bad_settings_corpus as settings  # noqa: E402
-from bad_input_corpus import Case, cases, dumps, good_rows, parquet, workbook  # noqa: E402
+from bad_input_corpus import Case, cases, dumps, good_rows  # noqa: E402
 from command_line import Outcome, uf  # noqa: E402
+from table_files import parquet, workbook  # noqa: E402
 
 from unsloth_factory.config.commands import SftConfig  # noqa: E402
 from unsloth_factory.config.errors import UserError  # noqa: E402
