@@ -25,11 +25,13 @@ import psutil
 
 WINDOW = 50
 """Latest durations that count: the speed of a shared machine changes."""
+OUTDATED = 2.2
+"""Beyond this ratio it is no noise: the machine's load, or the length of the answers, has changed."""
 REHEARSAL_STEP = 3
 """Step after which evaluation, save and plot are tried once."""
 REHEARSAL_SHARE = 0.05
 """... or earlier, when the steps have taken this share of the time."""
-MOST_SECOND_TRY = 0.03
+MOST_SECOND_TRY = 0.05
 """Share of the budget that one of them may take to be tried again at half-time: speed and answers change."""
 MOST_EVALUATION = 0.15
 """Share of the time left that the first evaluation may take until it is given up."""
@@ -59,11 +61,12 @@ class Cost:
 
     @property
     def high(self) -> float:
-        """What the next one may take: hardly ever more."""
-        count = len(self.values)
+        """What the next one may take: hardly ever more. What took far longer than the latest counts no more."""
+        if not self.values:
+            return 0.0
+        count, latest, mean = len(self.values), self.values[-1], self.mean
         if count < 8:
-            return max(self.values) * (1 + max(0.15, 0.5 / count)) if count else 0.0
-        mean = self.mean
+            return max(value for value in self.values if value <= OUTDATED * latest) * (1 + max(0.15, 0.5 / count))
         return mean + 3 * math.sqrt(fmean((value - mean) ** 2 for value in self.values))
 
 
