@@ -19,7 +19,7 @@ TOGETHER = 8
 """Answers that are generated at a time."""
 SHOWN = 2
 """Answers that are printed."""
-MOST_CHARACTERS = 160
+MOST_CHARACTERS = 100
 KEPT = ("source", "prompt", "reference", "answer", "stopped")
 
 
