@@ -26,6 +26,7 @@ from unsloth_factory.training.estimate.forecast import (
     Forecast,
     Forecaster,
     best,
+    changes,
     first_that_fits,
     larger,
     longest_that_fits,
@@ -46,12 +47,16 @@ class Plan:
     """With the settings as given."""
     advised: Forecast | None
     """The fastest that fits; None where nothing fits."""
-    given_up: tuple[str, ...]
-    """What had to be given up for it."""
+    changes: tuple[str, ...]
+    """What it changes."""
+    same_result: bool
+    """It computes the same; otherwise something had to be given up."""
     options: tuple[tuple[str, Forecast], ...]
     """The next larger settings after the advised ones."""
     longest: int | None
     """Longest samples that the advised settings can take; None where the data says how long they are."""
+    instead: Plan | None
+    """The same with QLoRA, where full or freeze training fits in no way."""
     samples: int
     assumed: bool
     """No dataset was given: 1,000 samples of --max_seq_length tokens."""
@@ -75,9 +80,11 @@ class Plan:
             "samples": self.samples,
             "assumed_data": self.assumed,
             "advised": None if self.advised is None else _figures(self.advised),
-            "given_up": list(self.given_up),
+            "changes": list(self.changes),
+            "same_result": self.same_result,
             "options": [{"change": what, **_figures(forecast)} for what, forecast in self.options],
             "longest": self.longest,
+            "instead": None if self.instead is None else self.instead.to_dict(),
             "command": self.command,
         }
 
@@ -103,11 +110,8 @@ def make_plan(config: PlanConfig) -> Plan:
     forecaster = forecaster_of(config)
     choice = choice_of(config, forecaster.training)
     asked = forecaster.forecast(choice)
-    given_up: list[str] = []
-    advised = best(forecaster, choice)
-    if advised is None:
-        found = first_that_fits(forecaster, choice)
-        given_up, advised = found if found else ([], None)
+    same = best(forecaster, choice)
+    advised = same or first_that_fits(forecaster, choice)
     around = advised.choice if advised else choice
     workload = forecaster.workload
     return Plan(
@@ -116,12 +120,19 @@ def make_plan(config: PlanConfig) -> Plan:
         gpu=forecaster.gpu,
         asked=asked,
         advised=advised,
-        given_up=tuple(given_up),
+        changes=tuple(changes(choice, advised.choice)) if advised else (),
+        same_result=same is not None,
         options=tuple(larger(forecaster, around)),
         longest=_longest(forecaster, around) if workload.assumed and advised else None,
+        instead=_with_qlora(config) if advised is None and config.tuning.finetuning_type != "lora" else None,
         samples=len(workload.samples),
         assumed=workload.assumed,
     )
+
+
+def _with_qlora(config: PlanConfig) -> Plan | None:
+    plan = make_plan(replace(config, tuning=replace(config.tuning, finetuning_type="lora", no_quantization=False)))
+    return plan if plan.advised else None
 
 
 def forecaster_of(config: PlanConfig) -> Forecaster:

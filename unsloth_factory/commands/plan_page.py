@@ -108,7 +108,7 @@ def _print_choices(console: Console, plan: Plan) -> None:
     table.add_column("")
     rows = [("as given", plan.asked)]
     if plan.advised is not None and plan.advised.choice != plan.asked.choice:
-        rows.append(("advised: " + _changes(plan), plan.advised))
+        rows.append(("advised: " + ", ".join(plan.changes), plan.advised))
     prefix = "then " if len(rows) > 1 else ""
     rows += [(prefix + what, forecast) for what, forecast in plan.options]
     for what, forecast in rows:
@@ -125,37 +125,35 @@ def _cells(forecast: Forecast, plan: Plan) -> tuple[str, str, str]:
     )
 
 
-def _changes(plan: Plan) -> str:
-    """What the advised settings change."""
-    assert plan.advised is not None
-    if plan.given_up:
-        return ", ".join(plan.given_up)
-    old, new = plan.asked.choice, plan.advised.choice
-    words = []
-    if new.batch_size != old.batch_size:
-        words.append(f"micro-batches of {new.batch_size} x {new.accumulation_steps}")
-    if new.checkpointing != old.checkpointing:
-        words.append("checkpointing" if new.checkpointing else "no checkpointing")
-    return ", ".join(words)
-
-
 def _print_advice(console: Console, plan: Plan) -> None:
     if plan.advised is None or plan.command is None:
-        console.print(
-            f"Nothing fits on {plan.gpu.name}: micro-batches of 1, checkpointing, an 8-bit optimizer, 4-bit weights "
-            "and samples of 128 tokens were tried. Use a smaller model or a larger card.",
-            highlight=False,
-        )
+        _print_nothing_fits(console, plan)
         return
     if plan.longest is not None and plan.longest > plan.advised.choice.max_seq_length:
         console.print(f"Samples of up to {plan.longest:,} tokens would fit (--max_seq_length).", highlight=False)
     if plan.advised.choice == plan.asked.choice:
-        console.print("These settings are the fastest that fit:", highlight=False)
-    elif plan.given_up:
+        console.print("Nothing that fits and computes the same is clearly faster:", highlight=False)
+    elif not plan.same_result:
         console.print("What fits, with the same samples in a step:", highlight=False)
     else:
         console.print("The fastest that fits, with the same samples in a step:", highlight=False)
-    console.print(plan.command, highlight=False, soft_wrap=True, style="bold", markup=False)
+    _print_command(console, plan.command)
+
+
+def _print_nothing_fits(console: Console, plan: Plan) -> None:
+    tried = ["micro-batches of 1", "checkpointing", "an 8-bit optimizer", "samples of 128 tokens"]
+    tried += ["4-bit base weights"] if plan.config.tuning.finetuning_type == "lora" else []
+    line = f"Nothing fits on {plan.gpu.name}; tried: {', '.join(tried)}."
+    if plan.instead is None or plan.instead.advised is None or plan.instead.command is None:
+        console.print(line + " Use a smaller model or a larger card.", highlight=False)
+        return
+    needed = plan.instead.advised.memory.reserved + plan.gpu.context
+    console.print(f"{line} QLoRA does, in {_gib(needed)} GiB:", highlight=False)
+    _print_command(console, plan.instead.command)
+
+
+def _print_command(console: Console, command: str) -> None:
+    console.print(command, highlight=False, soft_wrap=True, style="bold", markup=False)
 
 
 def _gib(size: float) -> str:

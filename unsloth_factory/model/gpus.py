@@ -88,7 +88,7 @@ def find_gpu(name: str) -> Gpu:
     Raises:
         UsageError: Neither.
     """
-    word = name.strip().upper().removeprefix("RTX").strip(" -_")
+    word = re.sub(r"^RTX[ _-]*", "", name.strip().upper())
     if word in GPUS:
         return GPUS[word]
     size = re.fullmatch(r"(\d+(?:\.\d+)?) ?(GB|GIB|G)", word)

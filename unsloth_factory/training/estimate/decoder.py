@@ -11,6 +11,8 @@ from unsloth_factory.training.estimate.rehearsal import Buffer, Node, Value
 
 # float32 logits of one chunk; the same number as log_probs.LOGIT_BYTES, which a test compares (torch stays out here).
 LOGIT_BYTES = 256 * 2**20
+# Matrix products in float32 instead of 16 bit: about 5 TFLOP/s on a T4 instead of 24.
+PLAIN_COST = 5.0
 Maker = Callable[[Value], Value]
 
 
@@ -19,6 +21,8 @@ class Decoder(Operations):
     """A rehearsed model; `run` is one micro-batch with its gradients."""
 
     head_gradient: list[Buffer] = field(default_factory=list)
+    shared: list[Buffer | None] = field(default_factory=list)
+    """What lives to the end: rotary cosines and sines, the mask, inputs that nobody needs."""
 
     def run(self, reference_first: bool = False) -> None:
         """Forward, loss and backward pass; before it the reference policy's forward pass (DPO)."""
@@ -112,7 +116,7 @@ class Decoder(Operations):
         masked, heads, width = self.rows.masked, self.shape.heads, query.width
         plain = self.layout.plain_attention and not masked and self.shape.heads != self.shape.kv_heads
         pairs = self.rows.count * self.rows.width
-        operations = 4.0 * pairs * width * (1.0 if masked or plain else 0.5)
+        operations = 4.0 * pairs * width * (PLAIN_COST if plain else 1.0 if masked else 0.5)
         out = self.new(width, 2, 2 * (width + key.width + value.width))
         self.tape.spend(0.0, attention=operations, kernels=0)
         extra = self._plain_attention(pairs) if plain else self._kernel_extras(pairs)
@@ -227,8 +231,14 @@ class Decoder(Operations):
         return out
 
     def _checkpointed(self, function: Maker, value: Value, trains: bool) -> Value:
-        """Keep the input alone; run the function again when its backward pass comes."""
-        if not (self.tape.recording and (trains or value.node)):
+        """Keep the input alone; run the function again when its backward pass comes.
+
+        torch keeps the input also where nothing needs a gradient (the frozen layers below the trained ones).
+        """
+        if not self.tape.recording:
+            return function(value)
+        if not (trains or value.node):
+            self.shared.append(value.kept())
             return function(value)
         self.tape.recording = False
         out = function(value)
@@ -263,10 +273,11 @@ class Decoder(Operations):
         value = self.new(shape.hidden, self.cosine_size, shape.hidden * self.cosine_size)
         if trained:
             value = self.tape.record(value, (), self._embedding_backward, trains=True)
-        waves = [self.new(shape.head_dim, self.cosine_size) for _ in range(2)]
-        mask = self.plain(self.rows.count * self.rows.width, "temporaries") if self.rows.masked else None
+        waves = [self.new(shape.head_dim, self.cosine_size).kept() for _ in range(2)]
+        mask = self.plain(self.rows.count * self.rows.width, "activations") if self.rows.masked else None
         if self.tape.recording:
-            waves = [Value(wave.kept(), wave.width, wave.size) for wave in waves]
+            # layers keep the waves; checkpointed ones hold on to their arguments, the mask among them
+            self.shared += [*waves, mask] if self.layout.checkpointing else waves
         for index, weights in enumerate(self.layout.layers):
             trains = weights == "trained" or (bool(self.layout.lora_targets) and self.adapter)
             if self.layout.checkpointing:
@@ -278,9 +289,9 @@ class Decoder(Operations):
         return value
 
     def _embedding_backward(self, _: Value) -> tuple[Value | None, ...]:
-        gradient = self.plain(4 * self.shape.embedding, "gradients", 4.0 * self.rows.count * self.shape.hidden)
+        gradient = self.plain(4 * self.shape.embedding, "temporaries", 4.0 * self.rows.count * self.shape.hidden)
         if self.head_gradient:
-            self.tape.spend(3.0 * gradient.block.size)
+            self.tape.spend(3.0 * gradient.count)
         self.accumulate("embedding", self.head_gradient.pop() if self.head_gradient else gradient)
         return ()
 

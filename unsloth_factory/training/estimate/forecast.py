@@ -15,6 +15,8 @@ from unsloth_factory.training.estimate.workload import Workload
 Verdict = Literal["fits", "tight", "does not fit"]
 COMFORT = 0.94
 """Share of the card's room up to which a training fits for certain: predictions were up to 4 % off."""
+CLEARLY = 0.95
+"""A choice is advised instead of the given one when it takes at most this share of its time."""
 SHORTEST = 128
 LENGTH_STEP = 64
 
@@ -110,7 +112,8 @@ def splits(choice: Choice) -> list[Choice]:
 def best(forecaster: Forecaster, choice: Choice) -> Forecast | None:
     """The fastest choice that fits and computes the same: micro-batch size and checkpointing alone are changed.
 
-    On a card of unknown speed: the largest micro-batch that fits, without checkpointing where that fits.
+    The choice itself, where it fits and nothing is clearly faster. On a card of unknown speed: the largest micro-batch
+    that fits, without checkpointing where that fits.
     """
     found: list[Forecast] = []
     for checkpointing in (False, True):
@@ -124,50 +127,62 @@ def best(forecaster: Forecaster, choice: Choice) -> Forecast | None:
         return None
     if found[0].seconds is None:
         return found[-1] if all(f.choice.checkpointing for f in found) else _last_kept(found)
-    return min(found, key=lambda forecast: forecast.seconds or 0.0)
+    fastest, own = min(found, key=lambda forecast: forecast.seconds or 0.0), forecaster.forecast(choice)
+    clearly = own.verdict != "fits" or (fastest.seconds or 0.0) < CLEARLY * (own.seconds or 0.0)
+    return fastest if clearly else own
 
 
 def _last_kept(found: list[Forecast]) -> Forecast:
     return [forecast for forecast in found if not forecast.choice.checkpointing][-1]
 
 
-def reductions(choice: Choice, kind: str) -> Iterator[tuple[str, Choice]]:
-    """What can be given up, cheapest first; each step keeps the ones before it."""
-    while choice.batch_size > 1:
-        half = choice.batch_size // 2 if choice.batch_size % 2 == 0 else 1
-        factor = choice.batch_size // half
-        choice = replace(choice, batch_size=half, accumulation_steps=choice.accumulation_steps * factor)
-        yield f"micro-batches of {half}", choice
+def changes(old: Choice, new: Choice) -> list[str]:
+    """What is different, in words."""
+    words = []
+    if new.batch_size != old.batch_size:
+        words.append(f"micro-batches of {new.batch_size} x {new.accumulation_steps}")
+    if new.checkpointing != old.checkpointing:
+        words.append("checkpointing" if new.checkpointing else "no checkpointing")
+    if new.optimizer != old.optimizer:
+        words.append(new.optimizer)
+    if new.quantized != old.quantized:
+        words.append("4-bit base weights" if new.quantized else "16-bit base weights")
+    if new.max_seq_length != old.max_seq_length:
+        words.append(f"samples of at most {new.max_seq_length:,} tokens")
+    return words
+
+
+def reductions(choice: Choice, kind: str) -> Iterator[Choice]:
+    """What can be given up, cheapest first; each keeps the ones before it. The samples of a step stay."""
+    for smaller in reversed([split for split in splits(choice) if split.batch_size < choice.batch_size]):
+        choice = smaller
+        yield choice
     if not choice.checkpointing:
         choice = replace(choice, checkpointing=True)
-        yield "gradient checkpointing", choice
+        yield choice
     if choice.optimizer == "adamw":
         choice = replace(choice, optimizer="adamw_8bit")
-        yield "8-bit optimizer", choice
+        yield choice
     if kind == "lora" and not choice.quantized:
         choice = replace(choice, quantized=True)
-        yield "4-bit base weights", choice
+        yield choice
     if choice.optimizer == "adamw_8bit":
-        choice = replace(choice, optimizer="paged_adamw_8bit")
-        yield "paged optimizer", choice
+        yield replace(choice, optimizer="paged_adamw_8bit")
 
 
-def first_that_fits(forecaster: Forecaster, choice: Choice) -> tuple[list[str], Forecast] | None:
-    """(what was given up, forecast): the first reduction that fits, at last shorter samples; None: nothing fits."""
-    given_up: list[str] = []
-    forecast = forecaster.forecast(choice)
-    for what, candidate in reductions(choice, forecaster.training.kind):
-        forecast = forecaster.forecast(candidate)
-        # Of several halvings the last one says it all.
-        given_up = [*(word for word in given_up if word.split()[0] != what.split()[0]), what]
-        if forecast.verdict == "fits":
-            return given_up, forecast
-    length = longest_that_fits(forecaster, forecast.choice)
-    if length is None:
-        return None
-    return [*given_up, f"samples of at most {length:,} tokens"], forecaster.forecast(
-        replace(forecast.choice, max_seq_length=length)
-    )
+def first_that_fits(forecaster: Forecaster, choice: Choice) -> Forecast | None:
+    """The cheapest reductions with which it fits, at last shorter samples; None: nothing fits.
+
+    What had been given up before the decisive reduction is taken back where that still fits.
+    """
+    candidate = choice
+    for candidate in reductions(choice, forecaster.training.kind):
+        if forecaster.forecast(candidate).verdict == "fits":
+            kept = replace(candidate, optimizer=choice.optimizer)
+            candidate = kept if forecaster.forecast(kept).verdict == "fits" else candidate
+            return best(forecaster, candidate) or forecaster.forecast(candidate)
+    length = longest_that_fits(forecaster, candidate)
+    return None if length is None else forecaster.forecast(replace(candidate, max_seq_length=length))
 
 
 def longest_that_fits(forecaster: Forecaster, choice: Choice, limit: int | None = None) -> int | None:
@@ -195,6 +210,6 @@ def larger(forecaster: Forecaster, choice: Choice) -> list[tuple[str, Forecast]]
     if choice.optimizer != "adamw":
         options.append(("32-bit optimizer", replace(choice, optimizer="adamw")))
     double = 2 * choice.max_seq_length
-    if double <= forecaster.training.shape.max_positions:
+    if forecaster.workload.assumed and double <= forecaster.training.shape.max_positions:
         options.append((f"samples up to {double:,} tokens", replace(choice, max_seq_length=double)))
     return [(what, forecaster.forecast(candidate)) for what, candidate in options]

@@ -133,7 +133,7 @@ class Operations:
             copy = Value(self.plain(2 * count, "workspace", 4.0 * count), count, 2)
 
             def backward(gradient: Value) -> tuple[Value | None, ...]:
-                self.accumulate(name, self.plain(4 * count, "gradients", 2.0 * count))
+                self.accumulate(name, self.plain(4 * count, "temporaries", 2.0 * count))
                 return ()
 
             self.casts[name] = self.tape.record(copy, (), backward, trains=True)
@@ -142,9 +142,9 @@ class Operations:
     def accumulate(self, name: str, gradient: Buffer) -> None:
         """Add to a parameter's gradient, which the first one becomes."""
         if name in self.lasting.gradients:
-            self.tape.spend(3.0 * gradient.block.size)
+            self.tape.spend(3.0 * gradient.count)
         else:
-            self.lasting.gradients[name] = gradient
+            self.lasting.gradients[name] = gradient.become("gradients")
 
     # -- elementwise --------------------------------------------------------------------------------------------
 
@@ -198,7 +198,7 @@ class Operations:
             inner = self.new(width, gradient.size, width * gradient.size)
             if kept is not None:
                 self.new(width, gradient.size, width * (gradient.size + size))
-                self.accumulate(name, self.plain(4 * count, "gradients", 4.0 * width * self.rows.count))
+                self.accumulate(name, self.plain(4 * count, "temporaries", 4.0 * width * self.rows.count))
             return (self.cast(inner, size),)
 
         return self.tape.record(out, (narrow,), backward, trains=trained)
@@ -267,7 +267,7 @@ class Operations:
     def _trained_linear(self, value: Value, shape: LinearShape, name: str, last: bool) -> Value:
         weight = self.half_weight(name, shape.weights)
         narrow = self.cast(value, 2)
-        kept = (narrow.kept(), weight.buffer) if self.tape.recording else ()
+        kept = self._kept_for_product(narrow, weight)
         if last:
             self.stop()
         out = self.product(shape.in_features, shape.out_features)
@@ -276,11 +276,17 @@ class Operations:
         def backward(_: Value) -> tuple[Value | None, ...]:
             assert kept
             if shape.bias:
-                self.accumulate(name + ".bias", self.plain(4 * outer, "gradients"))
+                self.accumulate(name + ".bias", self.plain(4 * outer, "temporaries"))
             gradient = self.weight_product(inner, outer)
             return (self.product(outer, inner) if has_input else None), gradient
 
         return self.tape.record(out, (narrow, weight), backward)
+
+    def _kept_for_product(self, value: Value, weight: Value) -> tuple[Buffer, ...]:
+        """What a product with a trained weight keeps: its input, and the weight where the input needs a gradient."""
+        if not self.tape.recording:
+            return ()
+        return (value.kept(), weight.buffer) if value.node is not None else (value.kept(),)
 
     def _half_linear(self, value: Value, shape: LinearShape) -> Value:
         inner, outer = shape.in_features, shape.out_features
@@ -333,7 +339,7 @@ class Operations:
         """One of the two LoRA matrices; its weight trains, so that it keeps its input."""
         weight = self.half_weight(name, inner * outer)
         has_input = value.node is not None
-        kept = (value.kept(), weight.buffer) if self.tape.recording else ()
+        kept = self._kept_for_product(value, weight)
         out = self.product(inner, outer)
 
         def backward(_: Value) -> tuple[Value | None, ...]:

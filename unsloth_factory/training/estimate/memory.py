@@ -140,6 +140,9 @@ class Rehearsal:
         return self.tape.work
 
     def _micro_batch(self, rows: Rows) -> None:
+        window = self.training.shape.sliding_window
+        if window is not None and rows.width >= window:
+            rows = replace(rows, masked=True)
         Decoder(self.tape, self.layout, rows, self.lasting).run(reference_first=self.training.method == "dpo")
 
     def _hold(self, count: int, part: Part) -> None:

@@ -59,10 +59,11 @@ class Memory:
 class Buffer:
     """Memory of one tensor; given back when nothing refers to it any more."""
 
-    __slots__ = ("block", "memory", "part")
+    __slots__ = ("block", "count", "memory", "part")
 
     def __init__(self, memory: Memory, count: int, part: Part) -> None:
         self.memory = memory
+        self.count = count
         self.part = part
         self.block = memory.take(count, part)
 
@@ -209,7 +210,7 @@ class Tape:
         if node.gradient is None:
             node.gradient = gradient
             return
-        size = node.gradient.buffer.block.size
+        size = gradient.buffer.count
         self.spend(3.0 * size)
         if node.gradient.view:
             total = Buffer(self.memory, size, "temporaries")
