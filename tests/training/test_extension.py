@@ -120,7 +120,11 @@ def test_a_run_that_its_time_ended_is_extended(tmp_path: Path, job_in, monkeypat
     first = train(job_in(tmp_path, tuning=TUNING, method=Ticking(monkeypatch), started=0.0, **settings))
     assert first.end == "time budget: no further step fits into 6s"
     assert 20 < first.steps < 35
-    settings["run"] |= {"resume": "auto", "extend_epochs": 2.0}
+    settings["run"] |= {"resume": "auto"}
+    again = job_in(tmp_path, tuning=TUNING, method=Ticking(monkeypatch), started=0.0, **settings)
+    assert train(again).steps == first.steps
+    assert "The run has ended (time budget: no further step fits into 6s); --extend_epochs 1 would go on" in said(again)
+    settings["run"] |= {"extend_epochs": 2.0}
     job = job_in(tmp_path, tuning=TUNING, method=Ticking(monkeypatch), started=0.0, **settings)
     second = train(job)
     assert f"Extended by 2 epochs: steps {first.steps + 1} to 5,010" in said(job)

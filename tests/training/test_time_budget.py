@@ -15,6 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from training_jobs import Ticking, metrics, said, stopping
 
 from unsloth_factory.config.errors import Stopped, UserError
@@ -256,6 +257,25 @@ def test_a_run_without_a_budget_that_gets_one(play) -> None:
     assert world.rates[0][1] == pytest.approx(before, abs=0.02)
     assert world.rates[-1][1] < 0.005
     assert world.used <= 60
+
+
+def test_the_first_process_decides_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clocks differ: another process takes over what the first one found."""
+    session = session_in(World(), 60, epochs=1000)
+    session.accelerator = SimpleNamespace(num_processes=2, device="cpu")  # type: ignore[assignment]
+    pace.begin(session)
+    session.state.step = 1
+    told = []
+
+    def broadcast(found: torch.Tensor) -> torch.Tensor:
+        told.append(found.tolist())
+        return torch.tensor([1.0, 0.75, 0.01], dtype=torch.float64)
+
+    monkeypatch.setattr(pace, "broadcast", broadcast)
+    pace.after_step(session)
+    assert told[0][0] == 0  # by its own clock it would have gone on
+    assert (session.state.progress, session.state.step_share) == (0.75, 0.01)
+    assert session.over
 
 
 def test_a_killed_run_goes_on_from_the_state_of_its_checkpoint(

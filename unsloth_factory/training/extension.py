@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from unsloth_factory.config.errors import UserError
 from unsloth_factory.training.session import Session
+from unsloth_factory.training.time_budget import END
 
 
 def apply(session: Session) -> None:
@@ -24,6 +25,9 @@ def apply(session: Session) -> None:
             f"{state.extended_epochs:g}, or extend it further with a larger number."
         )
     if asked == state.extended_epochs:
+        if state.end is not None and state.end.startswith(END):
+            more = (state.extended_epochs or 0) + 1
+            session.progress.say(f"The run has ended ({state.end}); --extend_epochs {more:g} would go on")
         return
     state.extended_epochs, state.schedule_start = asked, state.step
     state.progress = state.end = None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from accelerate.utils import broadcast
 
@@ -10,7 +12,7 @@ from unsloth_factory.training import held_out
 from unsloth_factory.training.progress import duration
 from unsloth_factory.training.session import Session
 from unsloth_factory.training.signals import StopRequest
-from unsloth_factory.training.time_budget import MOST_EVALUATION, TimeBox
+from unsloth_factory.training.time_budget import END, MOST_EVALUATION, TimeBox
 
 
 def begin(session: Session) -> None:
@@ -65,11 +67,11 @@ def after_step(session: Session) -> None:
         if box.measured:
             fitting = box.fitting = box.steps_that_fit(steps_left, session.evaluation_steps, session.job.run.save_steps)
         ends = fitting == 0 or not box.step_fits()
-    fitting, ends = _first_decides(session, fitting, ends)
-    state.progress, state.step_share = box.advance(state.progress, fitting)
-    if ends:
+    progress, share = box.advance(state.progress, fitting)
+    last, state.progress, state.step_share = _first_decides(session, ends, progress, share)
+    if last:
         _end(session)
-    session.progress.replan(state.step if ends else state.step + fitting)
+    session.progress.replan(state.step if last else state.step + fitting)
 
 
 def look(session: Session, stop: StopRequest) -> dict[str, float] | None:
@@ -141,7 +143,7 @@ def _permits(session: Session, kind: str, *, due: bool) -> bool:
         return due
     # After an evaluation that was the best one a checkpoint follows.
     fits = box.step_fits(["evaluation", "save"] if kind == "evaluation" else ["save"])
-    return _first_decides(session, 0, (due or box.to_try(kind)) and fits)[1]
+    return bool(_first_decides(session, (due or box.to_try(kind)) and fits)[0])
 
 
 def _look_within(session: Session, stop: StopRequest) -> dict[str, float] | None:
@@ -183,23 +185,21 @@ class _Until:
 def _reconsider(session: Session) -> None:
     """End the run when what was just done took so long that no further step fits."""
     box = session.time_box
-    if box.limited and not session.over and _first_decides(session, 0, not box.step_fits())[1]:
+    if box.limited and not session.over and _first_decides(session, not box.step_fits())[0]:
         _end(session)
 
 
 def _end(session: Session) -> None:
     state, box = session.state, session.time_box
-    state.end = f"time budget: no further step fits into {duration(box.seconds)}"
+    state.end = f"{END}: no further step fits into {duration(box.seconds)}"
     session.progress.say(
         f"Time box: {box.used:.1f} of {box.seconds:g} s are used; step {state.step:,} of {session.total_steps:,} is "
         f"the last, {box.reserve():.1f} s are kept for the end"
     )
 
 
-def _first_decides(session: Session, number: int, flag: bool) -> tuple[int, bool]:
+def _first_decides(session: Session, *values: float) -> Sequence[float]:
     """What the first process found: clocks differ, and all must do the same."""
     if session.accelerator.num_processes == 1:
-        return number, flag
-    found = torch.tensor([number, int(flag)], device=session.accelerator.device)
-    number, flag_number = broadcast(found).tolist()
-    return number, bool(flag_number)
+        return values
+    return broadcast(torch.tensor(values, dtype=torch.float64, device=session.accelerator.device)).tolist()

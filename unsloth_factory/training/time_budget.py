@@ -36,6 +36,9 @@ MOST_SECOND_TRY = 0.05
 MOST_EVALUATION = 0.15
 """Share of the time left that the first evaluation may take until it is given up."""
 
+END = "time budget"
+"""How the reason of an early end begins."""
+
 
 def process_started() -> float:
     """The instant at which this process was started, on the clock of `time.monotonic`, s."""
