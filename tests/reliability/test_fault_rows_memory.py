@@ -79,7 +79,7 @@ def test_fault_10_other_batch_size(tmp_path: Path, job_in, applied) -> None:  # 
 
 
 def test_fault_13_out_of_memory_at_step_k(tmp_path: Path, job_in, applied) -> None:  # noqa: F811
-    """The step is done again from the same state in smaller pieces; nothing starts over, no sample is lost or doubled."""
+    """The step is done again from the same state in smaller pieces: nothing starts over, no sample is lost."""
     loop = {"batch_size": 4, "accumulation_steps": 2, "learning_rate": 2e-3}
     train(job_in(tmp_path / "a", loop=loop))
     straight = list(applied)
