@@ -57,17 +57,17 @@ SHAPES = {
     "8B": qwen3(36, 4096, 12288, 32, False),
 }
 # One H200, torch 2.11, 2026-11-22 (benchmarks/plan_accuracy.py): rows, dense mask, trained positions of the longest
-# micro-batch; max_memory_allocated and max_memory_reserved.
+# micro-batch; max_memory_allocated and max_memory_reserved; how far the prediction may be from the latter.
 MEASURED = [
-    ("1.7B", "qlora", True, "adamw_8bit", "sft", (512, False, 241), 2096126464, 2388656128),
-    ("1.7B", "lora", True, "adamw_8bit", "sft", (5049, True, 2408), 5243307520, 5691670528),
-    ("4B", "qlora", False, "adamw_8bit", "sft", (1023, False, 497), 9534625280, 9846128640),
-    ("8B", "qlora", True, "adamw_8bit", "sft", (4072, True, 2016), 8919029248, 9701425152),
-    ("1.7B", "full", True, "adamw", "sft", (4072, True, 2016), 32655694336, 37404803072),
-    ("4B", "full", False, "adamw_8bit", "sft", (1023, False, 497), 57671155712, 61842915328),
-    ("1.7B", "qlora", True, "adamw_8bit", "dpo", (2043, True, 963), 2662636032, 2977955840),
-    ("8B", "lora", True, "adamw_8bit", "sft", (8188, False, 4080), 22064853504, 22351446016),
-    ("8B", "lora", False, "adamw_8bit", "sft", (2047, True, 993), 35400984576, 35750150144),
+    ("1.7B", "qlora", True, "adamw_8bit", "sft", (512, False, 241), 2096126464, 2388656128, 0.002),
+    ("1.7B", "lora", True, "adamw_8bit", "sft", (5049, True, 2408), 5243307520, 5691670528, 0.003),
+    ("4B", "qlora", False, "adamw_8bit", "sft", (1023, False, 497), 9534625280, 9846128640, 0.006),
+    ("8B", "qlora", True, "adamw_8bit", "sft", (4072, True, 2016), 8919029248, 9701425152, 0.01),
+    ("1.7B", "full", True, "adamw", "sft", (4072, True, 2016), 32655694336, 37404803072, 0.001),
+    ("4B", "full", False, "adamw_8bit", "sft", (1023, False, 497), 57671155712, 61842915328, 0.001),
+    ("1.7B", "qlora", True, "adamw_8bit", "dpo", (2043, True, 963), 2662636032, 2977955840, 0.001),
+    ("8B", "lora", True, "adamw_8bit", "sft", (8188, False, 4080), 22064853504, 22351446016, 0.006),
+    ("8B", "lora", False, "adamw_8bit", "sft", (2047, True, 993), 35400984576, 35750150144, 0.003),
 ]
 
 
@@ -82,13 +82,13 @@ def training(shape: ModelShape, kind: str = "qlora", **changes: Any) -> Training
 
 @pytest.mark.parametrize("case", MEASURED, ids=lambda case: f"{case[0]} {case[1]} {case[4]} {case[5][0]}")
 def test_peak_memory_is_what_the_gpu_measured(case: tuple) -> None:
-    model, kind, checkpointing, optimizer, method, (count, masked, trained), allocated, reserved = case
+    model, kind, checkpointing, optimizer, method, (count, masked, trained), allocated, reserved, off = case
     job = training(
         SHAPES[model], kind, checkpointing=checkpointing, optimizer=optimizer, method=method, capability=(9, 0)
     )
     found = Rehearsal(job).estimate(Rows(count, count, masked, trained))
-    assert found.reserved == pytest.approx(reserved, rel=0.012)
-    assert found.allocated == pytest.approx(allocated, rel=0.025)
+    assert found.reserved == pytest.approx(reserved, rel=off)
+    assert found.allocated == pytest.approx(allocated, rel=0.02)
     assert found.allocated + found.slack == found.reserved
 
 

@@ -102,7 +102,7 @@ class Operations:
             return Value(Buffer(self.memory, 0, part), width, 2)
         self._open_handle()
         self.tape.spend(2.0 * (count * (inner + width) + inner * width), dense=2.0 * count * inner * width)
-        return Value(Buffer(self.memory, 2 * count * width, part), width, 2, view=True)
+        return Value(Buffer(self.memory, 2 * count * width, part), width, 2)
 
     def _open_handle(self) -> None:
         """The workspace that cuBLAS takes at a thread's first product; backward passes run in one of their own."""
@@ -114,7 +114,7 @@ class Operations:
         """Gradient of a weight [width, inner], 16 bit."""
         count, weights = self.rows.count if rows is None else rows, inner * width
         self.tape.spend(2.0 * (count * (inner + width) + weights), dense=2.0 * count * weights)
-        return Value(Buffer(self.memory, 2 * weights, "temporaries"), weights, 2, view=True)
+        return Value(Buffer(self.memory, 2 * weights, "temporaries"), weights, 2)
 
     def plain(self, count: int, part: Part, moved: float = 0.0) -> Buffer:
         """Memory of `count` bytes that one kernel fills, reading `moved` bytes."""

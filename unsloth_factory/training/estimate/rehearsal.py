@@ -81,14 +81,12 @@ class Buffer:
 class Value:
     """A tensor without contents: `width` entries of `size` bytes in each row."""
 
-    __slots__ = ("buffer", "node", "size", "view", "width")
+    __slots__ = ("buffer", "node", "size", "width")
 
-    def __init__(self, buffer: Buffer, width: int, size: int, view: bool = False) -> None:
+    def __init__(self, buffer: Buffer, width: int, size: int) -> None:
         self.buffer = buffer
         self.width = width
         self.size = size
-        self.view = view
-        """A view of a matrix product's result: the engine does not add into it, but makes a new sum."""
         self.node: Node | None = None
 
     def kept(self) -> Buffer:
@@ -206,12 +204,8 @@ class Tape:
         return ready
 
     def _add(self, node: Node, gradient: Value) -> None:
-        """The first gradient is taken over; a further one is added to it, in place where the engine does so."""
+        """The first gradient is taken over; a further one is added into it in place."""
         if node.gradient is None:
             node.gradient = gradient
-            return
-        size = gradient.buffer.count
-        self.spend(3.0 * size)
-        if node.gradient.view:
-            total = Buffer(self.memory, size, "temporaries")
-            node.gradient = Value(total, gradient.width, gradient.size)
+        else:
+            self.spend(3.0 * gradient.buffer.count)
