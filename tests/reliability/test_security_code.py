@@ -283,11 +283,10 @@ def test_security_command_injection_in_what_is_printed(exported, tmp_path):
 
 
 BOMBS = {
-    "two loops": "{% for x in range(99999) %}{% for y in range(99999) %}{% endfor %}{% endfor %}",
     "a wide number": "{{ '%1000000000d' % 1 }}",
     "a repeated text": "{{ 'a' * 10**10 }}",
-    "a late one": "{{ '<|im_end|>' }}{% if messages|length > 2 %}{% for x in range(99999) %}{% for y in range(99999) %}"
-    "{% endfor %}{% endfor %}{% endif %}",
+    "two loops, from the third turn on": "{{ '<|im_end|>' }}{% if messages|length > 2 %}{% for x in range(99999) %}"
+    "{% for y in range(99999) %}{% endfor %}{% endfor %}{% endif %}",
 }  # fmt: skip
 
 

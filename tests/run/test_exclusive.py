@@ -12,14 +12,19 @@ import pytest
 from unsloth_factory.config.errors import UserError
 from unsloth_factory.run import atomic
 
+ROOT = Path(__file__).resolve().parents[2]
 
-def test_second_writer_is_refused_until_the_first_ends_however_it_ends(tmp_path: Path) -> None:
+
+def test_second_writer_is_refused_until_the_first_ends_however_it_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(atomic, "WAIT_SECONDS", 0.2)
     program = (
         "import os, pathlib, sys\nfrom unsloth_factory.run.atomic import exclusive\n"
         "with exclusive(pathlib.Path(sys.argv[1]), 'uf gguf'):\n    print('in', flush=True)\n    sys.stdin.read()"
     )
     command = [sys.executable, "-c", program, str(tmp_path / "new")]
-    first = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    first = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)
     assert first.stdout is not None
     assert first.stdout.readline() == "in\n"
     with (
@@ -33,6 +38,13 @@ def test_second_writer_is_refused_until_the_first_ends_however_it_ends(tmp_path:
     first.wait()
     with atomic.exclusive(tmp_path / "new", "uf merge"):
         assert os.listdir(tmp_path / "new") == []
+
+
+def test_a_child_that_outlives_its_parent_holds_the_folder(tmp_path: Path) -> None:
+    with atomic.exclusive(tmp_path, "x") as lock:
+        child = subprocess.Popen(["sleep", "0.5"], pass_fds=(lock,))
+    with atomic.exclusive(tmp_path, "y"):
+        assert child.poll() is not None  # it waited
 
 
 def test_folder_that_cannot_be_made(tmp_path: Path) -> None:
