@@ -302,7 +302,7 @@ def good(outcome: dict[str, Any], limit: float) -> bool:
     return outcome["steps"] == STEPS and outcome["same_samples"] and outcome["loss_difference"] <= limit
 
 
-def run(model: Path, points: int, seconds: float, dry: bool) -> dict[str, Any]:
+def run(model: Path, points: int, seconds: float, dry: bool, first: int = 0) -> dict[str, Any]:
     """All points; stops to begin new ones when the time is up."""
     started = time.time()
     device = torch.device("cpu") if dry else torch.device("cuda", 0)
@@ -318,7 +318,7 @@ def run(model: Path, points: int, seconds: float, dry: bool) -> dict[str, Any]:
     gc.collect()
     gc.freeze()
     with bench.card or torch.enable_grad():
-        for number in range(points):
+        for number in range(first, points):
             exact = number >= points // 2
             if exact and loaded.dtype != torch.float32:
                 loaded.model.float()
@@ -353,13 +353,14 @@ def main() -> None:
     parser.add_argument("folder", nargs="?", type=Path, default=Path("/tmp/out_of_memory_tiny"))
     parser.add_argument("points", nargs="?", type=int, default=50)
     parser.add_argument("--seconds", type=float, default=1e9)
+    parser.add_argument("--first", type=int, default=0, help="go on at this point")
     given = parser.parse_args()
     if given.what == "make":
         print(json.dumps(make(given.folder)), flush=True)
         return
     if given.what == "dry" and not given.folder.is_dir():
         make(given.folder, hidden=256, layers=2, vocabulary=5120)
-    print(json.dumps(run(given.folder, given.points, given.seconds, given.what == "dry")), flush=True)
+    print(json.dumps(run(given.folder, given.points, given.seconds, given.what == "dry", given.first)), flush=True)
 
 
 if __name__ == "__main__":

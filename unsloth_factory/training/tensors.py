@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -11,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from unsloth_factory.config.errors import UserError
 from unsloth_factory.model.loaded import LoadedModel
 from unsloth_factory.training.optimizers import load_optimizer_tensors, optimizer_tensors
+from unsloth_factory.training.shortage import is_shortage
 
 ADAPTER = "adapter"
 WEIGHTS = "weights.safetensors"
@@ -30,14 +32,23 @@ def require_finite(loaded: LoadedModel, what: str) -> None:
         UserError: Names the first such tensor.
     """
     named = trained(loaded)
-    # one flag a tensor, gathered on the device: a single wait instead of one for each of some hundred tensors
-    flags = torch.stack([torch.isfinite(p.detach()).all() for p in named.values()]).tolist()
-    bad = [name for name, finite in zip(named, flags, strict=True) if not finite]
+    bad = [name for name, finite in zip(named, _finite(list(named.values())), strict=True) if not finite]
     if bad:
         raise UserError(
             f"{what} is not written: {len(bad)} of {len(named)} trained tensors hold NaN or infinity "
             f"(first: {bad[0]}). Train again with a lower --learning_rate."
         )
+
+
+def _finite(parameters: list[torch.nn.Parameter]) -> list[bool]:
+    try:
+        # one flag a tensor, gathered on the device: a single wait instead of one for each of some hundred tensors
+        return torch.stack([torch.isfinite(p.detach()).all() for p in parameters]).tolist()
+    except RuntimeError as error:
+        if not is_shortage(error):
+            raise
+    # Saving is what is left to do on a card that has become full: it must not need a byte there.
+    return [bool(np.isfinite(p.detach().cpu().numpy()).all()) for p in parameters]
 
 
 def write_tensors(folder: Path, loaded: LoadedModel, optimizer: torch.optim.Optimizer) -> None:
