@@ -81,6 +81,21 @@ VALIDATION = (
     Case("v11", "8B", "lora", 8192, 1, True),
     Case("v12", "8B", "lora", 1024, 2, False),
 )
+LATER_VALIDATION = (
+    Case("w01", "0.6B", "lora", 2048, 8, True),
+    Case("w02", "1.7B", "qlora", 2048, 4, True),
+    Case("w03", "1.7B", "full", 2048, 4, True),
+    Case("w04", "1.7B", "lora", 4096, 2, False),
+    Case("w05", "4B", "qlora", 2048, 4, True, mixed=True),
+    Case("w06", "4B", "full", 1024, 4, True),
+    Case("w07", "4B", "lora", 2048, 2, False),
+    Case("w08", "4B", "qlora", 8192, 1, True),
+    Case("w09", "8B", "qlora", 2048, 1, True),
+    Case("w10", "8B", "qlora", 2048, 4, True),
+    Case("w11", "8B", "lora", 4096, 2, True),
+    Case("w12", "8B", "qlora", 4096, 1, False),
+)
+"""Measured after the model of speed had been fitted to all others."""
 CALIBRATION = (
     Case("c1", "1.7B", "qlora", 512, 1, True),
     Case("c2", "1.7B", "full", 2048, 2, True, "adamw"),
@@ -97,7 +112,7 @@ TINY_CASES = (
     Case("t2", "tiny", "full", 64, 1, False, "adamw", mixed=True),
     Case("t3", "tiny", "lora", 64, 1, True, method="dpo"),
 )
-CASES = {case.name: case for case in (*VALIDATION, *CALIBRATION, *TINY_CASES)}
+CASES = {case.name: case for case in (*VALIDATION, *LATER_VALIDATION, *CALIBRATION, *TINY_CASES)}
 
 
 def make(folder: Path, name: str) -> dict[str, Any]:
