@@ -51,10 +51,10 @@ from unsloth_factory.run.folder import RunFolder, RunManifest  # noqa: E402
 from unsloth_factory.training import loop as loop_module  # noqa: E402
 from unsloth_factory.training import session as session_module  # noqa: E402
 from unsloth_factory.training import step as step_module  # noqa: E402
-from unsloth_factory.training.checkpoint import claim  # noqa: E402
+from unsloth_factory.training.checkpoints.store import claim  # noqa: E402
 from unsloth_factory.training.job import TrainingJob  # noqa: E402
-from unsloth_factory.training.levers import Levers  # noqa: E402
-from unsloth_factory.training.meter import GpuMeter  # noqa: E402
+from unsloth_factory.training.memory.levers import Levers  # noqa: E402
+from unsloth_factory.training.memory.meter import GpuMeter  # noqa: E402
 from unsloth_factory.training.methods import Dpo, Sft  # noqa: E402
 
 STEPS, BATCH, ACCUMULATION = 4, 4, 2

@@ -26,7 +26,7 @@ from unsloth_factory.config.settings import RunSettings  # noqa: E402
 from unsloth_factory.run.atomic import sha256  # noqa: E402
 from unsloth_factory.run.folder import RunFolder  # noqa: E402
 from unsloth_factory.training import loop as loop_module  # noqa: E402
-from unsloth_factory.training.checkpoint import claim  # noqa: E402
+from unsloth_factory.training.checkpoints.store import claim  # noqa: E402
 from unsloth_factory.training.methods import Sft  # noqa: E402
 
 

@@ -30,13 +30,13 @@ from unsloth_factory.config.settings import RunSettings, TuningSettings  # noqa:
 from unsloth_factory.model import device as device_module  # noqa: E402
 from unsloth_factory.model.device import pick_device_dtype  # noqa: E402
 from unsloth_factory.run.folder import RunFolder  # noqa: E402
-from unsloth_factory.training import checkpoint as checkpoint_module  # noqa: E402
 from unsloth_factory.training import session as session_module  # noqa: E402
-from unsloth_factory.training import tensors  # noqa: E402
-from unsloth_factory.training.announce import PRECISION_TEXT  # noqa: E402
-from unsloth_factory.training.checkpoint import CheckpointStore, claim, damage  # noqa: E402
+from unsloth_factory.training.checkpoints import store as checkpoint_module  # noqa: E402
+from unsloth_factory.training.checkpoints import tensors  # noqa: E402
+from unsloth_factory.training.checkpoints.store import CheckpointStore, claim, damage  # noqa: E402
 from unsloth_factory.training.loop import train  # noqa: E402
 from unsloth_factory.training.methods import LossSum, Sft  # noqa: E402
+from unsloth_factory.training.reporting.announce import PRECISION_TEXT  # noqa: E402
 
 HARNESS = TESTS / "torture" / "kill_harness.py"
 CI_KILLS = {"sft": 8, "dpo": 4, "qlora": 4, "extend": 4}

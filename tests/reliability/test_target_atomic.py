@@ -22,7 +22,7 @@ from unsloth_factory.config.settings import RunSettings
 from unsloth_factory.export import merge as merge_module
 from unsloth_factory.export.merge import MergeOptions, merge
 from unsloth_factory.run import atomic
-from unsloth_factory.training.checkpoint import CheckpointStore, damage
+from unsloth_factory.training.checkpoints.store import CheckpointStore, damage
 
 CALLS: tuple[tuple[Any, str], ...] = (
     (os, "fsync"), (os, "replace"), (os, "chmod"), (os, "mkdir"), (tempfile, "mkstemp"), (shutil, "copyfile"),

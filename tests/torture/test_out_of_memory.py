@@ -40,9 +40,9 @@ from unsloth_factory.run.folder import RunFolder  # noqa: E402
 from unsloth_factory.training import loop as loop_module  # noqa: E402
 from unsloth_factory.training import session as session_module  # noqa: E402
 from unsloth_factory.training import step as step_module  # noqa: E402
-from unsloth_factory.training import tensors  # noqa: E402
-from unsloth_factory.training.checkpoint import claim  # noqa: E402
-from unsloth_factory.training.levers import Levers  # noqa: E402
+from unsloth_factory.training.checkpoints import tensors  # noqa: E402
+from unsloth_factory.training.checkpoints.store import claim  # noqa: E402
+from unsloth_factory.training.memory.levers import Levers  # noqa: E402
 from unsloth_factory.training.methods import Dpo  # noqa: E402
 
 POINTS = int(os.environ.get("OOM_POINTS", "50"))
@@ -148,7 +148,7 @@ def noted(seen: list[list[str]], session: Any, gradients: Any) -> tuple[Any, Any
 @pytest.fixture(scope="module")
 def runner(random_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runner]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("unsloth_factory.training.memory.LEAST_LOGITS", 4 * 640)
+        patch.setattr("unsloth_factory.training.memory.relief.LEAST_LOGITS", 4 * 640)
         yield Runner(random_model_dir, tmp_path_factory.mktemp("runs"), patch)
         gc.unfreeze()
 

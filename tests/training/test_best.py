@@ -15,9 +15,9 @@ from training_jobs import metrics, said, samples, stopping, weights
 
 from unsloth_factory.config.errors import Stopped, UsageError, UserError
 from unsloth_factory.config.settings import WatchSettings
-from unsloth_factory.training import best, held_out
 from unsloth_factory.training.loop import train
 from unsloth_factory.training.methods import Sft
+from unsloth_factory.training.watch import best, held_out
 
 HELD_OUT = samples(4, seed=9)
 

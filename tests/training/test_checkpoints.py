@@ -12,8 +12,8 @@ import pytest
 from unsloth_factory.config.errors import UsageError, UserError
 from unsloth_factory.config.settings import RunSettings
 from unsloth_factory.run.folder import RunFolder
-from unsloth_factory.training import checkpoint
-from unsloth_factory.training.checkpoint import CheckpointStore, claim, damage
+from unsloth_factory.training.checkpoints import store as store_module
+from unsloth_factory.training.checkpoints.store import CheckpointStore, claim, damage
 
 
 def fill(folder: Path) -> None:
@@ -61,7 +61,7 @@ def test_missing_files_are_named_and_the_checkpoint_skipped(store: CheckpointSto
 
 
 def test_a_named_checkpoint(store: CheckpointStore, lines: list[str]) -> None:
-    def resume(path: str) -> checkpoint.Checkpoint | None:
+    def resume(path: str) -> store_module.Checkpoint | None:
         return CheckpointStore(store.folder, RunSettings(resume=path), lines.append).to_resume()
 
     assert resume(str(store.path(20))).step == 20  # type: ignore[union-attr]
@@ -105,7 +105,7 @@ def test_a_full_disk_leaves_the_last_one(store: CheckpointStore, monkeypatch: py
         if call == "json":
             monkeypatch.setattr(Path, "write_text", no_space)
         if call == "publish":
-            monkeypatch.setattr(checkpoint, "publish_folder", no_space)
+            monkeypatch.setattr(store_module, "publish_folder", no_space)
 
     with pytest.raises(
         UserError, match="Disk full: checkpoint-40 cannot be written.*checkpoint-30 is intact.*--resume"

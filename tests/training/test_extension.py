@@ -12,7 +12,7 @@ from unsloth_factory.config.errors import Stopped, UserError
 from unsloth_factory.config.settings import TuningSettings
 from unsloth_factory.training.loop import train
 from unsloth_factory.training.methods import Sft
-from unsloth_factory.training.schedule import learning_rate
+from unsloth_factory.training.pacing.schedule import learning_rate
 
 TUNING = TuningSettings(lora_r=4, lora_dropout=0.1)
 HELD_OUT = samples(3, seed=8)

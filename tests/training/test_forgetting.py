@@ -15,11 +15,11 @@ from training_jobs import metrics, pairs, said, samples, stopping, weights
 from unsloth_factory.config.errors import Stopped, UserError
 from unsloth_factory.config.settings import WatchSettings
 from unsloth_factory.data.types import TokenSample
-from unsloth_factory.training import forgetting, held_out
 from unsloth_factory.training.batches import step_batches
 from unsloth_factory.training.loop import train
 from unsloth_factory.training.methods import Dpo, Sft
 from unsloth_factory.training.session import open_session
+from unsloth_factory.training.watch import forgetting, held_out
 
 HELD_OUT = samples(2, seed=9)
 GENERAL = samples(6, seed=20)

@@ -16,9 +16,9 @@ from unsloth_factory.config.errors import Stopped, UsageError
 from unsloth_factory.config.settings import TuningSettings, WatchSettings
 from unsloth_factory.data.types import Conversation, Turn
 from unsloth_factory.evaluation.sample_answers import SampleAnswers
-from unsloth_factory.training import generations
 from unsloth_factory.training.loop import train
 from unsloth_factory.training.methods import Dpo, Sft
+from unsloth_factory.training.watch import generations
 
 HELD_OUT = samples(2, seed=9)
 QUESTIONS = [
@@ -225,7 +225,7 @@ def test_questions_that_do_not_fit_are_not_asked(tmp_path: Path, job_in) -> None
 def test_trackers_get_every_new_figure(tmp_path: Path, job_in, monkeypatch: pytest.MonkeyPatch) -> None:
     logged: dict[int, dict[str, Any]] = {}
     monkeypatch.setattr(Accelerator, "log", lambda self, values, step=None, **_: logged.update({step: values}))
-    monkeypatch.setattr("unsloth_factory.training.forgetting.UNKNOWN", 2.0)
+    monkeypatch.setattr("unsloth_factory.training.watch.forgetting.UNKNOWN", 2.0)
     train(job_with(job_in, tmp_path, general_items=samples(2, seed=30), loop={"max_steps": 3}))
     assert {
         "loss", "lr", "grad_norm", "eval_loss", "eval_exact_match", "eval_exact_match_low", "eval_exact_match_high",

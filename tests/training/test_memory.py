@@ -25,19 +25,20 @@ from unsloth_factory.config.errors import UserError
 from unsloth_factory.config.settings import RunSettings, TuningSettings
 from unsloth_factory.data.batching import pack
 from unsloth_factory.run.folder import RunFolder
-from unsloth_factory.training import memory, meter, offload, step, update
-from unsloth_factory.training.checkpoint import claim
-from unsloth_factory.training.cuts import cut, memory_tokens, row_lengths
-from unsloth_factory.training.levers import Levers
+from unsloth_factory.training import step, update
+from unsloth_factory.training.checkpoints.store import claim
 from unsloth_factory.training.loop import train
-from unsloth_factory.training.memory_watch import SETTLING, WINDOW, MemoryWatch
-from unsloth_factory.training.meter import GIB, HostMeter, Reading, cgroup_rooms
+from unsloth_factory.training.memory import meter, offload, relief
+from unsloth_factory.training.memory.cuts import cut, memory_tokens, row_lengths
+from unsloth_factory.training.memory.levers import Levers
+from unsloth_factory.training.memory.meter import GIB, HostMeter, Reading, cgroup_rooms
+from unsloth_factory.training.memory.probe import longest_micro_batch, probe
+from unsloth_factory.training.memory.shortage import Shortage, attempt, insist, is_shortage
+from unsloth_factory.training.memory.watch import SETTLING, WINDOW, MemoryWatch
 from unsloth_factory.training.methods import Dpo, LossSum, Sft
 from unsloth_factory.training.optimizers import allocate_state, make_optimizer
-from unsloth_factory.training.probe import longest_micro_batch, probe
-from unsloth_factory.training.progress import Progress
+from unsloth_factory.training.reporting.progress import Progress
 from unsloth_factory.training.session import LoopState, Session, open_session
-from unsloth_factory.training.shortage import Shortage, attempt, insist, is_shortage
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -268,7 +269,7 @@ def test_offloaded_tensors_leave_and_weights_stay(random_model_dir: Path) -> Non
 
 
 def test_levers_in_the_order_of_their_price(tmp_path: Path, job_in, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "LEAST_LOGITS", 4 * 640 * 2)
+    monkeypatch.setattr(relief, "LEAST_LOGITS", 4 * 640 * 2)
     gauge = Gauge()
     gauge.offloads = True
     job = job_in(tmp_path, method=SmallCard(0), meter=gauge, loop={"batch_size": 2})

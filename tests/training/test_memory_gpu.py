@@ -14,14 +14,15 @@ from unsloth_factory.config.settings import ModelSettings, RunSettings, TuningSe
 from unsloth_factory.model.load import load_model
 from unsloth_factory.run.atomic import sha256
 from unsloth_factory.run.folder import RunFolder
-from unsloth_factory.training import offload, step
-from unsloth_factory.training.checkpoint import claim
-from unsloth_factory.training.levers import Levers
+from unsloth_factory.training import step
+from unsloth_factory.training.checkpoints.store import claim
 from unsloth_factory.training.loop import train
-from unsloth_factory.training.meter import GIB, GpuMeter
+from unsloth_factory.training.memory import offload
+from unsloth_factory.training.memory.levers import Levers
+from unsloth_factory.training.memory.meter import GIB, GpuMeter
+from unsloth_factory.training.memory.probe import probe
 from unsloth_factory.training.methods import Dpo, Sft
-from unsloth_factory.training.probe import probe
-from unsloth_factory.training.progress import Progress
+from unsloth_factory.training.reporting.progress import Progress
 from unsloth_factory.training.session import open_session
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]

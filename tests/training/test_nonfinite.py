@@ -17,12 +17,13 @@ from unsloth_factory.config.errors import Stopped, UserError
 from unsloth_factory.config.settings import GuardSettings
 from unsloth_factory.data.batching import StepPlan
 from unsloth_factory.data.types import TokenSample
-from unsloth_factory.training import guards, tensors
+from unsloth_factory.training.checkpoints import tensors
 from unsloth_factory.training.loop import train
 from unsloth_factory.training.methods import LossSum, Sft
-from unsloth_factory.training.schedule import learning_rate
+from unsloth_factory.training.pacing.schedule import learning_rate
 from unsloth_factory.training.session import LoopState
 from unsloth_factory.training.step import StepResult
+from unsloth_factory.training.watch import guards
 
 
 class Spoilt(Sft):

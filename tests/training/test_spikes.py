@@ -13,10 +13,10 @@ from training_jobs import metrics, said, samples, stopping, weights
 
 from unsloth_factory.config.errors import Stopped
 from unsloth_factory.config.settings import GuardSettings
-from unsloth_factory.training import anomalies
 from unsloth_factory.training.loop import train
 from unsloth_factory.training.methods import LossSum, Sft
 from unsloth_factory.training.session import LoopState
+from unsloth_factory.training.watch import anomalies
 
 
 def false_alarms(values: list[float]) -> int:

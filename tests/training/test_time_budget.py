@@ -21,11 +21,14 @@ from training_jobs import Ticking, metrics, said, stopping
 from unsloth_factory.config.errors import Stopped, UserError
 from unsloth_factory.config.settings import LoopSettings, RunSettings, WatchSettings
 from unsloth_factory.data.batching import StepPlan
-from unsloth_factory.training import best, guards, held_out, loop, memory, pace
+from unsloth_factory.training import loop
 from unsloth_factory.training.loop import train
-from unsloth_factory.training.schedule import paced_rate
+from unsloth_factory.training.memory import relief
+from unsloth_factory.training.pacing import pace
+from unsloth_factory.training.pacing.schedule import paced_rate
+from unsloth_factory.training.pacing.time_budget import TimeBox, process_started
 from unsloth_factory.training.session import LoopState, Session
-from unsloth_factory.training.time_budget import TimeBox, process_started
+from unsloth_factory.training.watch import best, guards, held_out
 
 COSINE: dict[str, Any] = {"peak": 1.0, "shape": "cosine", "warmup_ratio": 0.03}
 
@@ -121,7 +124,7 @@ def play(monkeypatch: pytest.MonkeyPatch):
 
         for module, name, value in (
             (loop, "run_step", run_step), (guards, "record", record), (guards, "lost", lambda _: False),
-            (guards, "sound", lambda _: True), (memory, "watch", lambda _: None), (best, "kept", lambda _: None),
+            (guards, "sound", lambda _: True), (relief, "watch", lambda _: None), (best, "kept", lambda _: None),
             (held_out, "look", look),
             (held_out, "watches", lambda _: world.evaluation > 0), (held_out, "before", lambda *_: True),
             (loop, "save", save), (loop, "_plot", plot), (loop, "_log", lambda *_: None),
@@ -303,7 +306,7 @@ def test_a_killed_run_goes_on_from_the_state_of_its_checkpoint(
 def test_the_start_of_the_process() -> None:
     program = (
         "import time; begun = time.monotonic(); time.sleep(0.3)\n"
-        "from unsloth_factory.training.time_budget import process_started\n"
+        "from unsloth_factory.training.pacing.time_budget import process_started\n"
         "print(begun, process_started())"
     )
     before = time.monotonic()

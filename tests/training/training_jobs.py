@@ -26,10 +26,10 @@ from unsloth_factory.run.atomic import sha256
 from unsloth_factory.run.folder import RunFolder, RunManifest
 from unsloth_factory.training import loop as loop_module
 from unsloth_factory.training import session as session_module
-from unsloth_factory.training.checkpoint import claim
+from unsloth_factory.training.checkpoints.store import claim
 from unsloth_factory.training.job import TrainingJob
 from unsloth_factory.training.methods import Sft
-from unsloth_factory.training.time_budget import TimeBox
+from unsloth_factory.training.pacing.time_budget import TimeBox
 
 torch.set_num_threads(1)
 CPU = torch.device("cpu")

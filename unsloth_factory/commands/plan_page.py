@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from unsloth_factory.training.estimate.forecast import Forecast
-from unsloth_factory.training.progress import duration
+from unsloth_factory.training.reporting.progress import duration
 
 if TYPE_CHECKING:
     from unsloth_factory.commands.plan import Plan

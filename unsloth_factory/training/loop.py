@@ -15,18 +15,21 @@ import torch
 from unsloth_factory.config.errors import Stopped, UserError
 from unsloth_factory.data.split import write_validation_split
 from unsloth_factory.run.atomic import partial, publish_folder, require_free_space, write_text
-from unsloth_factory.training import best, extension, forgetting, guards, held_out, memory, pace, resume
-from unsloth_factory.training.announce import announce
-from unsloth_factory.training.checkpoint import Checkpoint, disk_errors
+from unsloth_factory.training.checkpoints import extension, resume
+from unsloth_factory.training.checkpoints.store import Checkpoint, disk_errors
+from unsloth_factory.training.checkpoints.tensors import read_tensors, require_finite, write_tensors
 from unsloth_factory.training.job import TrainingJob, TrainResult
-from unsloth_factory.training.plot import plot_loss
-from unsloth_factory.training.probe import probe
-from unsloth_factory.training.progress import Progress, peak_memory
+from unsloth_factory.training.memory import relief
+from unsloth_factory.training.memory.probe import probe
+from unsloth_factory.training.memory.shortage import insist
+from unsloth_factory.training.pacing import pace
+from unsloth_factory.training.reporting.announce import announce
+from unsloth_factory.training.reporting.plot import plot_loss
+from unsloth_factory.training.reporting.progress import Progress, peak_memory
 from unsloth_factory.training.session import Session, open_session
-from unsloth_factory.training.shortage import insist
 from unsloth_factory.training.signals import StopSignals
 from unsloth_factory.training.step import StepResult, run_step
-from unsloth_factory.training.tensors import read_tensors, require_finite, write_tensors
+from unsloth_factory.training.watch import best, forgetting, guards, held_out
 
 
 def train(job: TrainingJob) -> TrainResult:
@@ -151,7 +154,7 @@ def walk(session: Session, stop: StopSignals) -> None:
         if state.pending is None:
             result = run_step(session, state.step)
             guards.record(session, result)
-            memory.watch(session)
+            relief.watch(session)
             state.pending = _metrics_line(session, result, time.monotonic() - started)
             if guards.lost(session):
                 _log(session, state.pending)

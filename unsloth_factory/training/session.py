@@ -13,15 +13,16 @@ from accelerate.tracking import get_available_trackers
 
 from unsloth_factory.config.errors import UserError
 from unsloth_factory.data.batching import StepPlan
-from unsloth_factory.training import resume, schedule
+from unsloth_factory.training.checkpoints import resume
 from unsloth_factory.training.job import TrainingJob
-from unsloth_factory.training.levers import Levers
-from unsloth_factory.training.memory_watch import MemoryWatch
-from unsloth_factory.training.meter import Meter, meter_of
-from unsloth_factory.training.metrics import MetricsLog
+from unsloth_factory.training.memory.levers import Levers
+from unsloth_factory.training.memory.meter import Meter, meter_of
+from unsloth_factory.training.memory.watch import MemoryWatch
 from unsloth_factory.training.optimizers import make_optimizer, state_bytes
-from unsloth_factory.training.progress import Progress
-from unsloth_factory.training.time_budget import TimeBox
+from unsloth_factory.training.pacing import schedule
+from unsloth_factory.training.pacing.time_budget import TimeBox
+from unsloth_factory.training.reporting.metrics import MetricsLog
+from unsloth_factory.training.reporting.progress import Progress
 
 PRECISIONS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "no"}
 

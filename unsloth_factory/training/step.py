@@ -14,13 +14,14 @@ from functools import partial
 import torch
 
 from unsloth_factory.data.batching import Batch
-from unsloth_factory.training import anomalies, memory
 from unsloth_factory.training.batches import step_batches
-from unsloth_factory.training.offload import offloaded
+from unsloth_factory.training.memory import relief
+from unsloth_factory.training.memory.offload import offloaded
+from unsloth_factory.training.memory.shortage import Shortage, attempt, insist
 from unsloth_factory.training.reduce import Sums, reduce_gradients, reduce_number
 from unsloth_factory.training.session import Session
-from unsloth_factory.training.shortage import Shortage, attempt, insist
 from unsloth_factory.training.update import apply_update
+from unsloth_factory.training.watch import anomalies
 
 REPEATS = 2
 """Times that a step is done again as it was when the memory ran out outside its micro-batches."""
@@ -82,7 +83,7 @@ def run_step(session: Session, step: int) -> StepResult:
     while isinstance(gradients, Shortage):
         repeats += 1
         if repeats > REPEATS:
-            raise memory.nothing_for_the_update(session, gradients.message)
+            raise relief.nothing_for_the_update(session, gradients.message)
         gradients = _gradients(session, step)
     return _update(session, gradients)
 
@@ -99,7 +100,7 @@ def _gradients(session: Session, step: int) -> Gradients | Shortage:
         return Gradients(batches, math.nan, 0.0, {}, 0, *_tokens(session, batches))
     sums = _accumulate(session, step, batches, count)
     while isinstance(sums, Batch):
-        memory.relieve(session, sums, f"in step {step + 1}")
+        relief.relieve(session, sums, f"in step {step + 1}")
         batches, _ = insist(partial(_batches, session, step), session.meter.release)
         sums = _accumulate(session, step, batches, count)
     if isinstance(sums, Shortage):

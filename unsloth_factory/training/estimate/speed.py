@@ -1,9 +1,9 @@
 """Time of a micro-batch from the cost of its operations: the card works while Python hands it the next kernels.
 
 Whichever is slower decides, phase by phase; where both take about the same time they hinder each other. `Host` and the
-shares below were fitted on one machine with an H200 (benchmarks/plan_accuracy.py, 2026-11-22: c1 to c8 for the card, these
-and v01 to v12 for Python); elsewhere they are a model. Its Python was unsteady: steps of the same run differed by half
-where it set the pace, and timing a small stack of layers beforehand (14 to 24 ms on the same machine) told nothing.
+shares below were fitted on one machine with an H200 (benchmarks/plan_accuracy.py, 2026-11-22: c1 to c8 for the card,
+these and v01 to v12 for Python); elsewhere they are a model. Its Python was unsteady: steps of the same run differed by
+half where it set the pace, and timing a small stack of layers beforehand (14 to 24 ms, the same machine) told nothing.
 """
 
 from __future__ import annotations

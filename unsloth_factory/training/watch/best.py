@@ -11,9 +11,9 @@ import math
 from collections.abc import Mapping
 
 from unsloth_factory.config.errors import UserError
-from unsloth_factory.training.checkpoint import damage
+from unsloth_factory.training.checkpoints.store import damage
+from unsloth_factory.training.checkpoints.tensors import read_weights
 from unsloth_factory.training.session import Session
-from unsloth_factory.training.tensors import read_weights
 
 PATIENCE = "early stopping"
 """How the reason of an early end begins."""

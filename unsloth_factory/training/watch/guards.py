@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from unsloth_factory.config.errors import UserError
-from unsloth_factory.training import anomalies
-from unsloth_factory.training.checkpoint import Checkpoint
+from unsloth_factory.training.checkpoints.store import Checkpoint
 from unsloth_factory.training.session import Session
 from unsloth_factory.training.step import StepResult
+from unsloth_factory.training.watch import anomalies
 
 SCALER_SKIPS = 0.05
 """Share of the steps that the fp16 loss scaler may skip without a word; it finds its scale in the first few."""

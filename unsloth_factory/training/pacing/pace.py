@@ -8,11 +8,11 @@ import torch
 from accelerate.utils import broadcast
 
 from unsloth_factory.config.errors import UserError
-from unsloth_factory.training import held_out
-from unsloth_factory.training.progress import duration
+from unsloth_factory.training.pacing.time_budget import END, MOST_EVALUATION, TimeBox
+from unsloth_factory.training.reporting.progress import duration
 from unsloth_factory.training.session import Session
 from unsloth_factory.training.signals import StopRequest
-from unsloth_factory.training.time_budget import END, MOST_EVALUATION, TimeBox
+from unsloth_factory.training.watch import held_out
 
 
 def begin(session: Session) -> None:

@@ -6,11 +6,11 @@ import math
 from collections.abc import Callable
 
 from unsloth_factory.scoring import wilson_interval
-from unsloth_factory.training import best, forgetting, generations
-from unsloth_factory.training.evaluation import evaluate
 from unsloth_factory.training.methods import Sft
 from unsloth_factory.training.session import Session
 from unsloth_factory.training.signals import StopRequest
+from unsloth_factory.training.watch import best, forgetting, generations
+from unsloth_factory.training.watch.evaluation import evaluate
 
 
 def before(session: Session, stop: StopRequest) -> bool:

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 from unsloth_factory.training.batches import eval_groups, make, pieces
-from unsloth_factory.training.cuts import memory_tokens, row_lengths
+from unsloth_factory.training.memory.cuts import memory_tokens, row_lengths
+from unsloth_factory.training.memory.shortage import Shortage, attempt, insist
 from unsloth_factory.training.methods import Method
 from unsloth_factory.training.reduce import Sums, reduce_number
 from unsloth_factory.training.session import Session
-from unsloth_factory.training.shortage import Shortage, attempt, insist
 
 
 def evaluate(

@@ -8,8 +8,8 @@ same bits. Killed before its first checkpoint it begins again where it began, wi
 from __future__ import annotations
 
 from unsloth_factory.config.errors import UserError
+from unsloth_factory.training.pacing.time_budget import END
 from unsloth_factory.training.session import Session
-from unsloth_factory.training.time_budget import END
 
 
 def apply(session: Session) -> None:

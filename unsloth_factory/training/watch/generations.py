@@ -12,8 +12,8 @@ from accelerate.utils import gather_object
 
 from unsloth_factory.config.settings import FEWEST_SCORED
 from unsloth_factory.scoring import wilson_interval
+from unsloth_factory.training.memory.shortage import Shortage, attempt
 from unsloth_factory.training.session import Session
-from unsloth_factory.training.shortage import Shortage, attempt
 
 TOGETHER = 8
 """Answers that are generated at a time."""

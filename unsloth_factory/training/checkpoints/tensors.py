@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from unsloth_factory.config.errors import UserError
 from unsloth_factory.model.loaded import LoadedModel
+from unsloth_factory.training.memory.shortage import is_shortage
 from unsloth_factory.training.optimizers import load_optimizer_tensors, optimizer_tensors
-from unsloth_factory.training.shortage import is_shortage
 
 ADAPTER = "adapter"
 WEIGHTS = "weights.safetensors"

@@ -6,7 +6,7 @@ from collections import deque
 
 import numpy as np
 
-from unsloth_factory.training.meter import GIB, Reading
+from unsloth_factory.training.memory.meter import GIB, Reading
 
 NEARLY_FULL = 0.95
 """Share of the limit from which the high-water mark is worth a warning."""

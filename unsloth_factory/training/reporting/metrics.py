@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from unsloth_factory.training.checkpoint import disk_errors
+from unsloth_factory.training.checkpoints.store import disk_errors
 
 
 class MetricsLog:

@@ -6,7 +6,7 @@ from rich.text import Text
 
 from unsloth_factory.data.encode import describe_sample
 from unsloth_factory.data.types import TokenPair, TokenSample
-from unsloth_factory.training.progress import duration, print_labelled
+from unsloth_factory.training.reporting.progress import duration, print_labelled
 from unsloth_factory.training.session import Session
 
 PRECISION_TEXT = {

@@ -14,7 +14,7 @@ import numpy as np
 
 from unsloth_factory.config.errors import UserError
 from unsloth_factory.data.types import TokenSample
-from unsloth_factory.training.resume import data_hash
+from unsloth_factory.training.checkpoints.resume import data_hash
 from unsloth_factory.training.session import Session
 
 REASON = "forgetting"

@@ -9,16 +9,16 @@ from typing import Any
 import torch
 
 from unsloth_factory.data.batching import Batch
-from unsloth_factory.training import memory
 from unsloth_factory.training.batches import eval_groups, make, pieces, planned
-from unsloth_factory.training.cuts import memory_tokens, row_lengths
-from unsloth_factory.training.evaluation import add_group
+from unsloth_factory.training.memory import relief
+from unsloth_factory.training.memory.cuts import memory_tokens, row_lengths
+from unsloth_factory.training.memory.shortage import Shortage, attempt
 from unsloth_factory.training.optimizers import allocate_state
-from unsloth_factory.training.progress import print_labelled
 from unsloth_factory.training.reduce import Sums
+from unsloth_factory.training.reporting.progress import print_labelled
 from unsloth_factory.training.session import Session
-from unsloth_factory.training.shortage import Shortage, attempt
 from unsloth_factory.training.step import add_gradients, start_over
+from unsloth_factory.training.watch.evaluation import add_group
 
 MOST_STEPS = 100_000
 """Steps whose lengths are looked at: two seconds."""
@@ -38,7 +38,7 @@ def probe(session: Session) -> None:
     if isinstance(outcome, Shortage):
         outcome = attempt(partial(allocate_state, optimizer), meter.release)
     if isinstance(outcome, Shortage):
-        raise memory.nothing_for_the_update(session, outcome.message)
+        raise relief.nothing_for_the_update(session, outcome.message)
     session.state.levers.apply(session.job.loaded)
     if not meter.probes or session.over:
         return
@@ -69,7 +69,7 @@ def _probe_training(session: Session) -> int:
         if not isinstance(outcome, Shortage):
             return batch.input_ids.numel()
         session.meter.release()
-        memory.relieve(session, batch, f"before step {session.state.step + 1}")
+        relief.relieve(session, batch, f"before step {session.state.step + 1}")
 
 
 def _try(session: Session, batch: Batch) -> None:

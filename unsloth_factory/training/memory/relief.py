@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from unsloth_factory.config.errors import UserError
 from unsloth_factory.data.batching import Batch
-from unsloth_factory.training.cuts import row_lengths
-from unsloth_factory.training.meter import GIB
+from unsloth_factory.training.memory.cuts import row_lengths
+from unsloth_factory.training.memory.meter import GIB
 from unsloth_factory.training.session import Session
 
 LEAST_LOGITS = 16 * 2**20
