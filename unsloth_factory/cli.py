@@ -51,6 +51,11 @@ def _exit_code(arguments: list[str]) -> int:
         # The reader of our output left (`uf ... | head`); a second failure at exit is kept from printing.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except RuntimeError as error:
+        if "home directory" not in str(error):
+            raise
+        print("uf: ~NAME in a path: there is no such user; write the path out", file=sys.stderr)
+        return 1
     except OSError as error:
         if error.strerror is None:
             raise  # a library's own use of the type: a traceback says more

@@ -164,6 +164,7 @@ def test_adapters_that_do_not_fit(home, run_copy, random_model_dir):
     for command in ("merge", "validate"):
         names = [random_model_dir, "final_adapter"]
         refused(run, command, "--run", run, "--model", random_model_dir, code=1, names=names)
+    (run / "final_adapter" / "SHA256SUMS").unlink()  # or the damage is seen before its kind is
     weights = run / "final_adapter" / "adapter_model.safetensors"
     tensors = load_file(weights)
     poisoned = next(name for name in tensors if "lora_B" in name)
@@ -176,6 +177,10 @@ def test_adapters_that_do_not_fit(home, run_copy, random_model_dir):
     weights.unlink()
     for command in ("merge", "validate", "chat"):
         refused(run, command, "--run", run, code=1, names=["adapter_model.safetensors"])
+
+
+def test_a_home_that_is_nobodys(home):
+    refused(home, "merge", "--run", "~nosuchuser/x", code=1, names=["~NAME"])
 
 
 def test_no_room(home, run_copy, monkeypatch):

@@ -15,7 +15,7 @@ from unsloth_factory.config.commands import DpoConfig, SftConfig
 from unsloth_factory.config.errors import UsageError
 from unsloth_factory.config.parse import configure, parse
 from unsloth_factory.config.settings import WatchSettings
-from unsloth_factory.training.forgetting import split_general
+from unsloth_factory.training.watch.forgetting import split_general
 
 
 def test_a_run_with_everything_watched(tmp_path: Path) -> None:

@@ -6,14 +6,14 @@ command line.
 
 from __future__ import annotations
 
-import io
 import json
 import random
 import struct
-import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+
+from table_files import archive, parquet, workbook
 
 ENCODINGS = ("utf-8", "utf-8-sig", "gbk", "gb18030", "utf-16")
 GOOD = 6  # good rows around each fault
@@ -300,44 +300,6 @@ def encodings(source: random.Random) -> Iterator[Case]:
         yield Case("wrong --encoding", encoding, "d.jsonl", content, fate, None, encoding, ("--encoding", encoding))
 
 
-def workbook(rows: list[list[object]], dimension: str = "") -> bytes:
-    """A minimal xlsx with inline strings."""
-    cells = "".join(
-        "<row>" + "".join(f'<c t="inlineStr"><is><t>{cell}</t></is></c>' for cell in row) + "</row>" for row in rows
-    )
-    main = 'xmlns="http://schemas.openxmlformats.org/spreadsheetml/2006/main"'
-    relations = "http://schemas.openxmlformats.org/officeDocument/2006/relationships"
-    package = "http://schemas.openxmlformats.org/package/2006"
-    types = "application/vnd.openxmlformats-officedocument.spreadsheetml"
-    files = {
-        "[Content_Types].xml": f'<Types xmlns="{package}/content-types">'
-        '<Default Extension="rels" ContentType="application/vnd.openxmlformats-package.relationships+xml"/>'
-        f'<Override PartName="/xl/workbook.xml" ContentType="{types}.sheet.main+xml"/>'
-        f'<Override PartName="/xl/worksheets/sheet1.xml" ContentType="{types}.worksheet+xml"/></Types>',
-        "_rels/.rels": f'<Relationships xmlns="{package}/relationships"><Relationship Id="r1" '
-        f'Type="{relations}/officeDocument" Target="xl/workbook.xml"/></Relationships>',
-        "xl/workbook.xml": f'<workbook {main} xmlns:r="{relations}"><sheets>'
-        '<sheet name="s" sheetId="1" r:id="r1"/></sheets></workbook>',
-        "xl/_rels/workbook.xml.rels": f'<Relationships xmlns="{package}/relationships"><Relationship Id="r1" '
-        f'Type="{relations}/worksheet" Target="worksheets/sheet1.xml"/></Relationships>',
-        "xl/worksheets/sheet1.xml": f"<worksheet {main}>{dimension}<sheetData>{cells}</sheetData></worksheet>",
-    }
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name, text in files.items():
-            archive.writestr(zipfile.ZipInfo(name), text.encode())
-    return buffer.getvalue()
-
-
-def parquet(rows: list[dict[str, object]]) -> bytes:
-    import pyarrow
-    import pyarrow.parquet
-
-    buffer = io.BytesIO()
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), buffer)
-    return buffer.getvalue()
-
-
 def binaries(source: random.Random) -> Iterator[Case]:
     sheet = workbook([["question", "answer"], *[[f"问{i}", f"答{i}"] for i in range(GOOD)]])
     column = parquet(good_rows(GOOD))
@@ -355,26 +317,18 @@ def binaries(source: random.Random) -> Iterator[Case]:
         ("header only", workbook([["question", "answer"]]), "no rows"),
         ("other columns", workbook([["frage", "antwort"], ["a", "b"]]), "--columns"),
         ("doubled column", workbook([["answer", "answer"], ["a", "b"]]), "twice"),
-        ("not a workbook", _zip({"a.txt": b"text"}), "xlsx"),
+        ("not a workbook", archive({"a.txt": b"text"}), "xlsx"),
         ("broken sheet", workbook([["question", "answer"], ["a", "</row>"]]), "xlsx"),
     ):
         yield Case("xlsx", label, "d.xlsx", content, "refused", None, says)
     rows: list[list[object]] = [["question", "answer"], *[[f"问{i}", f"答{i}"] for i in range(GOOD)], ["问"]]
-    huge = workbook(rows, '<dimension ref="A1:XFD1048576"/>')
-    yield Case("xlsx", "claims 17 billion cells", "d.xlsx", huge, "row", GOOD + 2, "missing")
+    huge = workbook(rows, '<dimension ref="A1:XFD1048576"/>', last=1_048_576)
+    yield Case("xlsx", "claims 17 billion cells", "d.xlsx", huge, "row", 1_048_576, "missing")
     with_nulls = [*good_rows(GOOD), {"instruction": "问", "output": None}]
     yield Case("parquet", "null", "d.parquet", parquet(with_nulls), "row", GOOD + 1, "missing")
     for label, rows_ in (("other columns", [{"a": 1}]), ("lists", [{"instruction": ["问"], "output": ["答"]}] * 3),
                          ("no rows", [])):  # fmt: skip
         yield Case("parquet", label, "d.parquet", parquet(rows_), "refused")
-
-
-def _zip(files: dict[str, bytes]) -> bytes:
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w") as archive:
-        for name, content in files.items():
-            archive.writestr(zipfile.ZipInfo(name), content)
-    return buffer.getvalue()
 
 
 def sizes(source: random.Random) -> Iterator[Case]:

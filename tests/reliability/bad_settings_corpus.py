@@ -134,6 +134,7 @@ PLANS: dict[str, tuple[str, int | None, str]] = {
     "unknown key outside": ("learnig_rate: 1\nstages:\n  - sft: {model: tiny}\n", None, "learning_rate"),
     "output is a number": ("output_dir: 2024\nstages:\n  - sft: {model: tiny, epochs: x}\n", None, "epochs"),
     "output is a list": ("output_dir: [a]\nstages:\n  - sft: {model: tiny}\n", None, "output_dir"),
+    "output of a stage is a list": ("stages:\n  - sft: {output_dir: [a]}\n", 2, "output_dir"),
     "bad number": ("stages:\n  - sft: {model: tiny, epochs: three}\n", 2, "must be a number"),
     "doubled": ("stages:\n  - sft:\n      epochs: 1\n      epochs: 2\n", 4, "stands twice"),
     "octal": ("stages:\n  - sft: {lora_r: 012}\n", 2, "012"),

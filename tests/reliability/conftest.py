@@ -11,7 +11,7 @@ import os
 import pickle
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -100,7 +100,7 @@ def plant_code(folder: Path, marker: Path) -> None:
 
 
 @pytest.fixture(scope="session")
-def exported(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Iterator[Exported]:
+def exported(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Exported:
     """sft, merge, gguf, quantize and deploy on a random model."""
     home = tmp_path_factory.mktemp("exported")
     root = request.config.pluginmanager.get_plugin(str(Path(__file__).resolve().parents[1] / "conftest.py"))
@@ -120,7 +120,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRe
         made.command("quantize", "quantize", "--run", made.run, "--types", "q8_0")
         made.command("deploy", "deploy", "--run", made.run, "--name", "x", "--ollama_host", NOBODY)
         os.umask(mask)
-        yield made
+    return made
 
 
 @pytest.fixture

@@ -245,7 +245,7 @@ def test_fault_31_roles_out_of_order(tmp_path, random_model_dir):
 
 
 def test_fault_32_chosen_equals_rejected(tmp_path, random_model_dir):
-    """Such pairs teach nothing: left out and named; a file of them is refused."""
+    """Such pairs teach nothing: left out and named; a file of them is refused. (Rewards: there is no GRPO yet.)"""
     pairs = [{"prompt": f"问{i}", "chosen": f"好{i}", "rejected": f"坏{i}"} for i in range(6)]
     equal = [
         {"prompt": "问", "chosen": "一样", "rejected": " 一样\n"},

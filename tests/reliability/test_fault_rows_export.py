@@ -194,6 +194,7 @@ def peft_adapter(base: Path, folder: Path, **options: object) -> torch.nn.Module
 
 @pytest.mark.parametrize("kind", sorted(KINDS))
 def test_fault_36_adapters_that_gguf_gets_wrong_are_merged_right(random_model_dir, tmp_path, kind):
+    """No GGUF adapter is ever written: the merge of rsLoRA, alpha_pattern and trained modules agrees with peft."""
     from transformers import AutoModelForCausalLM
 
     adapted = peft_adapter(random_model_dir, tmp_path / "a", **KINDS[kind])
@@ -209,6 +210,7 @@ def test_fault_36_adapters_that_gguf_gets_wrong_are_merged_right(random_model_di
 
 
 def test_fault_36_dora_is_refused(random_model_dir, tmp_path):
+    """DoRA is refused, with the way to merge it."""
     peft_adapter(random_model_dir, tmp_path / "a", use_dora=True)
     with pytest.raises(UserError, match=r"cannot merge an adapter with use_dora=True.*merge_and_unload"):
         merge(random_model_dir, tmp_path / "a", tmp_path / "m", MergeOptions())

@@ -206,17 +206,24 @@ def test_security_trust_remote_code_would_not_run_without_the_scan(exported, cop
 
 
 def test_security_trust_remote_code_of_the_converter(exported, copy_of):
-    """llama.cpp's converter asks for remote code 14 times; in our child the answer is no, whatever it asks."""
+    """llama.cpp's converter asks for remote code 14 times; in our child the answer is no, whatever it asks.
+
+    DreamModel is one of the architectures for which it does; without our guard this folder's module runs.
+    """
+    from safetensors.torch import load_file, save_file
+
     base = copy_of(exported.base, "base")
-    edit(base / "config.json", architectures=["QWenLMHeadModel"], auto_map=CODE["auto_map"])
+    edit(base / "config.json", architectures=["DreamModel"])
     edit(base / "tokenizer_config.json", auto_map=CODE["auto_map"], tokenizer_class="Evil")
+    kept = {name: tensor for name, tensor in load_file(base / "model.safetensors").items() if "_norm" not in name[-14:]}
+    save_file(kept, base / "model.safetensors", metadata={"format": "pt"})  # Dream has no norms of queries and keys
     folder, _ = find_converter(None)
     request = {"op": "open", "converter": str(folder), "model": str(base), "byte_level_bpe": False}
     with ChildProcess("unsloth_factory.export.convert_child", "the converter") as child:
-        assert child.call(request, timeout=120)[0]["architecture"] == "QwenModel"
+        assert child.call(request, timeout=120)[0]["architecture"] == "DreamModel"
         target = {"op": "convert", "outfile": str(base / "x.gguf"), "outtype": "f16", "name": "x"}
-        with pytest.raises(UserError, match="the converter: "):
-            child.call(target, timeout=120)
+        with pytest.raises(UserError, match="the converter: NotImplementedError: BPE pre-tokenizer"):
+            child.call(target, timeout=120)  # it came as far as the tokenizer, which is the plain one
     assert not exported.marker.exists()
 
 
@@ -241,6 +248,7 @@ def test_security_only_language_models(exported, copy_of, kind):
     ],
 )
 def test_security_adapter_config(exported, copy_of, key, value, message):
+    """An adapter's config that asks for Python code, or holds a pattern that hangs the matcher, is refused at once."""
     adapter = copy_of(exported.adapter, "adapter")
     edit(adapter / "adapter_config.json", **{key: value})
     started = time.monotonic()
@@ -275,11 +283,10 @@ def test_security_command_injection_in_what_is_printed(exported, tmp_path):
 
 
 BOMBS = {
-    "two loops": "{% for x in range(99999) %}{% for y in range(99999) %}{% endfor %}{% endfor %}",
     "a wide number": "{{ '%1000000000d' % 1 }}",
     "a repeated text": "{{ 'a' * 10**10 }}",
-    "a late one": "{{ '<|im_end|>' }}{% if messages|length > 2 %}{% for x in range(99999) %}{% for y in range(99999) %}"
-    "{% endfor %}{% endfor %}{% endif %}",
+    "two loops, from the third turn on": "{{ '<|im_end|>' }}{% if messages|length > 2 %}{% for x in range(99999) %}"
+    "{% for y in range(99999) %}{% endfor %}{% endfor %}{% endif %}",
 }  # fmt: skip
 
 

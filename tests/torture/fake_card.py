@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from unsloth_factory.training.meter import Reading
+from unsloth_factory.training.memory.meter import Reading
 
 ROOMY = 2**40
 POOLED = 512

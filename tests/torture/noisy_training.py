@@ -31,7 +31,8 @@ def noisy(work: Callable[..., Any], noise: random.Random) -> Callable[..., Any]:
 
 
 if __name__ == "__main__":
-    from unsloth_factory.training import held_out, loop
+    from unsloth_factory.training import loop
+    from unsloth_factory.training.watch import held_out
 
     noise = random.Random(int(sys.argv[1]))
     loop.run_step = noisy(loop.run_step, noise)

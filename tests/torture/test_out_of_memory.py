@@ -15,6 +15,7 @@ import io
 import json
 import os
 import random
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -32,14 +33,16 @@ sys.path[:0] = [str(Path(__file__).parent), str(ROOT / "tests" / "training")]
 from fake_card import FakeCard, FakeMeter  # noqa: E402
 from training_jobs import load, make_job, pairs, said, samples  # noqa: E402
 
+from unsloth_factory.config.errors import UserError  # noqa: E402
 from unsloth_factory.config.settings import RunSettings, TuningSettings  # noqa: E402
 from unsloth_factory.model.loaded import LoadedModel  # noqa: E402
 from unsloth_factory.run.folder import RunFolder  # noqa: E402
 from unsloth_factory.training import loop as loop_module  # noqa: E402
 from unsloth_factory.training import session as session_module  # noqa: E402
 from unsloth_factory.training import step as step_module  # noqa: E402
-from unsloth_factory.training.checkpoint import claim  # noqa: E402
-from unsloth_factory.training.levers import Levers  # noqa: E402
+from unsloth_factory.training.checkpoints import tensors  # noqa: E402
+from unsloth_factory.training.checkpoints.store import claim  # noqa: E402
+from unsloth_factory.training.memory.levers import Levers  # noqa: E402
 from unsloth_factory.training.methods import Dpo  # noqa: E402
 
 POINTS = int(os.environ.get("OOM_POINTS", "50"))
@@ -145,7 +148,7 @@ def noted(seen: list[list[str]], session: Any, gradients: Any) -> tuple[Any, Any
 @pytest.fixture(scope="module")
 def runner(random_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runner]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("unsloth_factory.training.memory.LEAST_LOGITS", 4 * 640)
+        patch.setattr("unsloth_factory.training.memory.relief.LEAST_LOGITS", 4 * 640)
         yield Runner(random_model_dir, tmp_path_factory.mktemp("runs"), patch)
         gc.unfreeze()
 
@@ -183,6 +186,18 @@ def test_it_ends_as_if_nothing_had_been(runner: Runner, point: int) -> None:
         difference = (run.adapter[tensor] - value).abs().max().item()
         exact = kind in ("clip", "update", "evaluation")  # nothing was cut differently: the very same bits
         assert difference <= (0 if exact else 1e-3 * value.abs().max().item()), tensor
+
+
+def test_saving_checks_the_weights_on_a_card_without_a_byte_to_spare(random_model_dir: Path) -> None:
+    loaded = load(random_model_dir)
+    names = list(tensors.trained(loaded))
+    parameter = loaded.trainable_parameters()[2]
+    with FakeCard(limit=0) as card:
+        tensors.require_finite(loaded, "checkpoint-1")
+        assert card.failures
+        parameter.data.view(-1)[5] = float("inf")
+        with pytest.raises(UserError, match=re.escape(f"1 of {len(names)} trained tensors hold NaN")):
+            tensors.require_finite(loaded, "checkpoint-1")
 
 
 def sorted_all(run: Run) -> list[list[str]]:

@@ -15,9 +15,9 @@ from training_jobs import metrics, said, samples, stopping, weights
 
 from unsloth_factory.config.errors import Stopped, UsageError, UserError
 from unsloth_factory.config.settings import WatchSettings
-from unsloth_factory.training import best, held_out
 from unsloth_factory.training.loop import train
 from unsloth_factory.training.methods import Sft
+from unsloth_factory.training.watch import best, held_out
 
 HELD_OUT = samples(4, seed=9)
 
@@ -52,6 +52,12 @@ def test_patience_ends_the_run_with_the_best_weights(tmp_path: Path, job_in, mon
     assert same(job.folder.final_adapter, tmp_path / "checkpoint-2" / "adapter")
     assert not same(job.folder.final_adapter, tmp_path / "checkpoint-4" / "adapter")
     assert json.loads((job.folder.final_adapter / "unsloth_factory.json").read_text())["extra"]["step"] == 2
+
+
+def test_patience_that_is_spent_at_the_last_step_ends_nothing(tmp_path: Path, job_in, monkeypatch) -> None:
+    scripted(monkeypatch, {3: 1.0, 6: 2.0, 9: 2.0, 10: 2.0})
+    result = train(job_in(tmp_path, eval_items=HELD_OUT, watch=watch(early_stopping_patience=3)))
+    assert (result.steps, result.end, result.final_step) == (10, None, 3)
 
 
 def test_finished_early_stays_finished(tmp_path: Path, job_in, monkeypatch: pytest.MonkeyPatch) -> None:

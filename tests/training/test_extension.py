@@ -6,14 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_resume import metrics, stopping, weights
-from training_jobs import said, samples
+from training_jobs import Ticking, metrics, said, samples, stopping, weights
 
 from unsloth_factory.config.errors import Stopped, UserError
 from unsloth_factory.config.settings import TuningSettings
 from unsloth_factory.training.loop import train
 from unsloth_factory.training.methods import Sft
-from unsloth_factory.training.schedule import learning_rate
+from unsloth_factory.training.pacing.schedule import learning_rate
 
 TUNING = TuningSettings(lora_r=4, lora_dropout=0.1)
 HELD_OUT = samples(3, seed=8)
@@ -116,16 +115,20 @@ def test_beyond_max_steps(tmp_path: Path, job_in) -> None:
     assert train(job).steps == 8  # 3 and the 5 of an epoch
 
 
-def test_a_run_that_its_time_ended_is_extended(tmp_path: Path, job_in) -> None:
-    job = job_in(tmp_path, tuning=TUNING, loop={"epochs": 1000.0}, run={"time_budget": 3.0})
-    first = train(job)
-    assert first.end is not None
-    assert first.end.startswith("time budget")
-    assert first.steps < 5000
-    job = extend(job_in, tmp_path, 2, loop={"epochs": 1000.0}, run={"time_budget": 3.0})
+def test_a_run_that_its_time_ended_is_extended(tmp_path: Path, job_in, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings: dict[str, Any] = {"loop": {"epochs": 1000.0}, "run": {"time_budget": 6.0, "eval_steps": 1000}}
+    first = train(job_in(tmp_path, tuning=TUNING, method=Ticking(monkeypatch), started=0.0, **settings))
+    assert first.end == "time budget: no further step fits into 6s"
+    assert 20 < first.steps < 35
+    settings["run"] |= {"resume": "auto"}
+    again = job_in(tmp_path, tuning=TUNING, method=Ticking(monkeypatch), started=0.0, **settings)
+    assert train(again).steps == first.steps
+    assert "The run has ended (time budget: no further step fits into 6s); --extend_epochs 1 would go on" in said(again)
+    settings["run"] |= {"extend_epochs": 2.0}
+    job = job_in(tmp_path, tuning=TUNING, method=Ticking(monkeypatch), started=0.0, **settings)
     second = train(job)
-    assert f"Extended by 2 epochs: steps {first.steps + 1:,} to 5,010" in said(job)
-    assert second.steps > first.steps
+    assert f"Extended by 2 epochs: steps {first.steps + 1} to 5,010" in said(job)
+    assert second.steps > first.steps + 20
     rates = [line["lr"] for line in metrics(job)]
     assert rates[first.steps - 1] < 1e-3
     assert max(rates[first.steps :]) > 9e-3

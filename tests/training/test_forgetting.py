@@ -15,11 +15,11 @@ from training_jobs import metrics, pairs, said, samples, stopping, weights
 from unsloth_factory.config.errors import Stopped, UserError
 from unsloth_factory.config.settings import WatchSettings
 from unsloth_factory.data.types import TokenSample
-from unsloth_factory.training import forgetting, held_out
 from unsloth_factory.training.batches import step_batches
 from unsloth_factory.training.loop import train
 from unsloth_factory.training.methods import Dpo, Sft
 from unsloth_factory.training.session import open_session
+from unsloth_factory.training.watch import forgetting, held_out
 
 HELD_OUT = samples(2, seed=9)
 GENERAL = samples(6, seed=20)
@@ -151,7 +151,7 @@ def test_replay_mixes_general_rows_into_the_following_steps(tmp_path: Path, job_
             return super().loss(loaded, batch)
 
     job = job_of(job_in, tmp_path, "replay", method=Spy())
-    train(job)
+    result = train(job)
     assert "from here on 2 general rows are in each step" in said(job)
     mixed = [[s for s in sources if s.startswith("general")] for sources in Spy.seen]
     assert not any(mixed[:11])  # six steps: two micro-batches each, but one in step 5, an epoch's last
@@ -159,25 +159,30 @@ def test_replay_mixes_general_rows_into_the_following_steps(tmp_path: Path, job_
     assert len(drawn) == 4
     assert all(len(rows) == 2 for rows in drawn)
     assert len({tuple(rows) for rows in drawn}) > 1
-    plain = job_of(job_in, tmp_path / "plain", "warn")
-    train(plain)
-    counts = [(line["tokens"], other["tokens"]) for line, other in zip(metrics(job), metrics(plain), strict=True)]
-    assert all(a == b for a, b in counts[:6])
-    assert all(a > b for a, b in counts[6:])
+    assert result.tokens == 2 * sum(len(row.ids) for row in job.train_items) + sum(
+        len(row.ids) for rows in drawn for source in rows for row in REPLAY if row.source == source
+    )
+
+
+@pytest.fixture(scope="module")
+def replayed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return {"path": tmp_path_factory.mktemp("replayed")}
 
 
 # stopped before the limit was passed; between that evaluation and the next checkpoint; and later
 @pytest.mark.parametrize("call", [8, 13, 18])
-def test_replay_resumes_bit_identical(tmp_path: Path, job_in, monkeypatch, call: int) -> None:
+def test_replay_resumes_bit_identical(tmp_path: Path, job_in, monkeypatch, replayed, call: int) -> None:
     scripted(monkeypatch, REPLAYING)
-    straight = job_of(job_in, tmp_path / "straight", "replay")
-    train(straight)
+    if "weights" not in replayed:  # the run that was left alone, trained once
+        straight = job_of(job_in, replayed["path"], "replay")
+        train(straight)
+        replayed |= {"weights": weights(straight), "metrics": metrics(straight)}
     with pytest.raises(Stopped):
         train(job_of(job_in, tmp_path / "run", "replay", method=stopping(Sft(), call)))
     resumed = job_of(job_in, tmp_path / "run", "replay", run={"resume": "auto"})
     train(resumed)
-    assert weights(resumed) == weights(straight)
-    assert metrics(resumed) == metrics(straight)
+    assert weights(resumed) == replayed["weights"]
+    assert metrics(resumed) == replayed["metrics"]
 
 
 def test_replay_goes_on_with_the_same_rows_or_none(tmp_path: Path, job_in, monkeypatch) -> None:
@@ -191,6 +196,17 @@ def test_replay_goes_on_with_the_same_rows_or_none(tmp_path: Path, job_in, monke
     train(job)
     assert "--forgetting changed from replay to warn: no more general rows are mixed in" in said(job)
     assert "--forgetting changed from replay to warn: accepted (from here on)" in said(job)
+
+
+@pytest.mark.parametrize("policy", ["replay", "stop"])
+def test_after_a_warning_the_resumed_run_may_act(tmp_path: Path, job_in, monkeypatch, policy: Any) -> None:
+    scripted(monkeypatch, {0: 2.0, 3: 2.5, 6: 2.5, 9: 2.5, 10: 2.5})
+    with pytest.raises(Stopped):
+        train(job_of(job_in, tmp_path, method=stopping(Sft(), 8)))
+    job = job_of(job_in, tmp_path, policy, run={"resume": "auto"}, watch={"load_best": False})
+    result = train(job)
+    assert (result.steps == 6) == (policy == "stop")
+    assert ("from here on 2 general rows" in said(job)) == (policy == "replay")
 
 
 def test_replayed_rows_are_a_function_of_seed_and_step(tmp_path: Path, job_in) -> None:

@@ -15,7 +15,7 @@ from unsloth_factory.training import log_probs
 from unsloth_factory.training.log_probs import token_log_probs, trained_positions
 from unsloth_factory.training.loop import train
 from unsloth_factory.training.methods import Sft
-from unsloth_factory.training.metrics import MetricsLog
+from unsloth_factory.training.reporting.metrics import MetricsLog
 
 
 @pytest.fixture(scope="module")

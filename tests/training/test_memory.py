@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes
 import pytest
 import torch
 from rich.console import Console
@@ -24,19 +25,20 @@ from unsloth_factory.config.errors import UserError
 from unsloth_factory.config.settings import RunSettings, TuningSettings
 from unsloth_factory.data.batching import pack
 from unsloth_factory.run.folder import RunFolder
-from unsloth_factory.training import memory, meter, offload, step, update
-from unsloth_factory.training.checkpoint import claim
-from unsloth_factory.training.cuts import cut, memory_tokens, row_lengths
-from unsloth_factory.training.levers import Levers
+from unsloth_factory.training import step, update
+from unsloth_factory.training.checkpoints.store import claim
 from unsloth_factory.training.loop import train
-from unsloth_factory.training.memory_watch import SETTLING, WINDOW, MemoryWatch
-from unsloth_factory.training.meter import GIB, HostMeter, Reading, cgroup_rooms
+from unsloth_factory.training.memory import meter, offload, relief
+from unsloth_factory.training.memory.cuts import cut, memory_tokens, row_lengths
+from unsloth_factory.training.memory.levers import Levers
+from unsloth_factory.training.memory.meter import GIB, HostMeter, Reading, cgroup_rooms
+from unsloth_factory.training.memory.probe import longest_micro_batch, probe
+from unsloth_factory.training.memory.shortage import Shortage, attempt, insist, is_shortage
+from unsloth_factory.training.memory.watch import SETTLING, WINDOW, MemoryWatch
 from unsloth_factory.training.methods import Dpo, LossSum, Sft
 from unsloth_factory.training.optimizers import allocate_state, make_optimizer
-from unsloth_factory.training.probe import longest_micro_batch, probe
-from unsloth_factory.training.progress import Progress
+from unsloth_factory.training.reporting.progress import Progress
 from unsloth_factory.training.session import LoopState, Session, open_session
-from unsloth_factory.training.shortage import Shortage, attempt, insist, is_shortage
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -267,7 +269,7 @@ def test_offloaded_tensors_leave_and_weights_stay(random_model_dir: Path) -> Non
 
 
 def test_levers_in_the_order_of_their_price(tmp_path: Path, job_in, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "LEAST_LOGITS", 4 * 640 * 2)
+    monkeypatch.setattr(relief, "LEAST_LOGITS", 4 * 640 * 2)
     gauge = Gauge()
     gauge.offloads = True
     job = job_in(tmp_path, method=SmallCard(0), meter=gauge, loop={"batch_size": 2})
@@ -358,6 +360,16 @@ def test_a_probe_changes_no_bit(tmp_path: Path, job_in, optimizer: str) -> None:
     assert bits(tmp_path / "probed") == bits(tmp_path / "plain")
 
 
+def test_a_probe_draws_no_random_number(tmp_path: Path, job_in) -> None:
+    session = opened(job_in(tmp_path, meter=Gauge(probes=True), tuning=TuningSettings(lora_r=4, lora_dropout=0.2)))
+    before = torch.get_rng_state()
+    weights = [p.detach().clone() for p in session.parameters]
+    probe(session)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(p.grad is None and torch.equal(p, old) for p, old in zip(session.parameters, weights, strict=True))
+    assert session.state == LoopState()
+
+
 def _neighbours(job: Any) -> list[list[Any]]:
     session = opened(job)
     groups = [group for k in range(session.total_steps) for group in session.plan.step(k)]
@@ -403,23 +415,56 @@ def _state(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
     return [torch.as_tensor(state[key]) for state in states for key in sorted(state)]
 
 
+def test_a_save_for_which_there_is_no_room_is_repeated(tmp_path: Path, job_in, monkeypatch) -> None:
+    from unsloth_factory.training import loop as loop_module
+
+    faults, real = [3], loop_module.write_tensors
+
+    def write(*given: Any) -> None:
+        real(*given)
+        faults[0] -= 1
+        if faults[0] in (0, 1):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(loop_module, "write_tensors", write)
+    job = job_in(tmp_path, loop={"max_steps": 6})
+    train(job)
+    assert job.store.steps() == [3, 6]
+    assert not list(tmp_path.glob(".tmp-*"))
+
+
 # --- the update
 
 
-class Exploding(torch.optim.AdamW):
-    """Changes some weights, then runs out of memory, so many times."""
+class Exploding:
+    """Changes a weight and its state, then runs out of memory, so many times."""
 
     faults = 0
 
-    def step(self, closure: Any = None) -> Any:
-        if type(self).faults:
-            type(self).faults -= 1
+    def step(self: Any, closure: Any = None) -> Any:
+        if Exploding.faults:
+            Exploding.faults -= 1
             first = self.param_groups[0]["params"][0]
             first.data.add_(1)
-            self.state[first]["exp_avg"].add_(1)
-            self.state[first]["step"].add_(1)
+            state = self.state[first]
+            state["step"] += 1
+            next(value for value in state.values() if isinstance(value, torch.Tensor) and value.ndim).add_(1)
             raise torch.OutOfMemoryError("CUDA out of memory")
         return super().step(closure)
+
+
+class ExplodingAdamW(Exploding, torch.optim.AdamW):
+    pass
+
+
+class ExplodingAdamW8bit(Exploding, bitsandbytes.optim.AdamW8bit):
+    pass
+
+
+@pytest.fixture
+def exploding(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.optim, "AdamW", ExplodingAdamW)
+    monkeypatch.setattr(bitsandbytes.optim, "AdamW8bit", ExplodingAdamW8bit)
 
 
 def updated(job: Any, faults: int) -> list[torch.Tensor]:
@@ -438,19 +483,21 @@ def updated(job: Any, faults: int) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("undo", [update.UNDO_BYTES, 1])  # the whole at once; a parameter at a time
-def test_a_half_done_update_is_put_back(tmp_path: Path, job_in, monkeypatch: pytest.MonkeyPatch, undo: int) -> None:
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit"])
+def test_a_half_done_update_is_put_back(
+    tmp_path: Path, job_in, exploding, monkeypatch: pytest.MonkeyPatch, undo: int, optimizer: str
+) -> None:
     monkeypatch.setattr(update, "UNDO_BYTES", undo)
-    monkeypatch.setattr(torch.optim, "AdamW", Exploding)
-    plain = updated(job_in(tmp_path / "plain"), 0)
-    for one, other in zip(plain, updated(job_in(tmp_path / "faulty"), 3), strict=True):
+    changes = {"loop": {"optimizer": optimizer}, "tuning": TuningSettings(lora_r=64)}
+    plain = updated(job_in(tmp_path / "plain", **changes), 0)
+    for one, other in zip(plain, updated(job_in(tmp_path / "faulty", **changes), 3), strict=True):
         assert torch.equal(one, other)
     with pytest.raises(UserError, match="Out of memory in the update of step 1.*--optimizer paged_adamw_8bit"):
-        updated(job_in(tmp_path / "hopeless"), 99)
+        updated(job_in(tmp_path / "hopeless", **changes), 99)
 
 
-def test_a_torn_update_where_nothing_is_put_back_ends_the_run(tmp_path: Path, job_in, monkeypatch) -> None:
+def test_a_torn_update_where_nothing_is_put_back_ends_the_run(tmp_path: Path, job_in, exploding, monkeypatch) -> None:
     monkeypatch.setattr(step, "apply_update", update._apply_whole)
-    monkeypatch.setattr(torch.optim, "AdamW", Exploding)
     with pytest.raises(UserError, match="in the middle of the update of step 1.*of no use"):
         updated(job_in(tmp_path), 1)
 
@@ -478,6 +525,9 @@ def test_evaluation_goes_on_in_smaller_pieces(tmp_path: Path, job_in) -> None:
     assert result.eval_loss == pytest.approx(plain.eval_loss, rel=1e-6)
     assert bits(tmp_path / "small")[0] == bits(tmp_path / "plain")[0]
     assert "out of memory in the evaluation with 4 samples of" in said(job)
+    with torch.no_grad():
+        direct = Sft().loss(job.loaded, pack(changes["eval_items"]))
+    assert result.eval_loss == pytest.approx(direct.total.item() / direct.count, rel=1e-5)
 
 
 def test_a_sample_that_does_not_fit_is_left_out_and_named(tmp_path: Path, job_in) -> None:

@@ -7,7 +7,7 @@ import math
 import pytest
 
 from unsloth_factory.config.settings import LoopSettings, TuningSettings
-from unsloth_factory.training.schedule import learning_rate, paced_rate, peak_learning_rate
+from unsloth_factory.training.pacing.schedule import learning_rate, paced_rate, peak_learning_rate
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import random
 import subprocess
@@ -14,14 +15,20 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from training_jobs import Ticking, metrics, said, stopping
 
-from unsloth_factory.config.errors import UserError
-from unsloth_factory.config.settings import LoopSettings, RunSettings
+from unsloth_factory.config.errors import Stopped, UserError
+from unsloth_factory.config.settings import LoopSettings, RunSettings, WatchSettings
 from unsloth_factory.data.batching import StepPlan
-from unsloth_factory.training import best, guards, held_out, loop, memory, pace
-from unsloth_factory.training.schedule import paced_rate
+from unsloth_factory.training import loop
+from unsloth_factory.training.loop import train
+from unsloth_factory.training.memory import relief
+from unsloth_factory.training.pacing import pace
+from unsloth_factory.training.pacing.schedule import paced_rate
+from unsloth_factory.training.pacing.time_budget import TimeBox, process_started
 from unsloth_factory.training.session import LoopState, Session
-from unsloth_factory.training.time_budget import TimeBox, process_started
+from unsloth_factory.training.watch import best, guards, held_out
 
 COSINE: dict[str, Any] = {"peak": 1.0, "shape": "cosine", "warmup_ratio": 0.03}
 
@@ -67,7 +74,11 @@ def session_in(
     settings = RunSettings(time_budget=budget, **run)
     model = SimpleNamespace(train=lambda: None)
     job = SimpleNamespace(
-        run=settings, loop=LoopSettings(epochs=epochs), loaded=SimpleNamespace(model=model), resume_command="again"
+        run=settings,
+        loop=LoopSettings(epochs=epochs),
+        loaded=SimpleNamespace(model=model, has_adapter=True),
+        watch=WatchSettings(),
+        resume_command="again",
     )
     unused: dict[str, Any] = {part.name: None for part in fields(Session) if part.default is MISSING}
     parts: dict[str, Any] = {
@@ -113,7 +124,7 @@ def play(monkeypatch: pytest.MonkeyPatch):
 
         for module, name, value in (
             (loop, "run_step", run_step), (guards, "record", record), (guards, "lost", lambda _: False),
-            (guards, "sound", lambda _: True), (memory, "watch", lambda _: None), (best, "kept", lambda _: None),
+            (guards, "sound", lambda _: True), (relief, "watch", lambda _: None), (best, "kept", lambda _: None),
             (held_out, "look", look),
             (held_out, "watches", lambda _: world.evaluation > 0), (held_out, "before", lambda *_: True),
             (loop, "save", save), (loop, "_plot", plot), (loop, "_log", lambda *_: None),
@@ -251,10 +262,51 @@ def test_a_run_without_a_budget_that_gets_one(play) -> None:
     assert world.used <= 60
 
 
+def test_the_first_process_decides_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clocks differ: another process takes over what the first one found."""
+    session = session_in(World(), 60, epochs=1000)
+    session.accelerator = SimpleNamespace(num_processes=2, device="cpu")  # type: ignore[assignment]
+    pace.begin(session)
+    session.state.step = 1
+    told = []
+
+    def broadcast(found: torch.Tensor) -> torch.Tensor:
+        told.append(found.tolist())
+        return torch.tensor([1.0, 0.75, 0.01], dtype=torch.float64)
+
+    monkeypatch.setattr(pace, "broadcast", broadcast)
+    pace.after_step(session)
+    assert told[0][0] == 0  # by its own clock it would have gone on
+    assert (session.state.progress, session.state.step_share) == (0.75, 0.01)
+    assert session.over
+
+
+def test_a_killed_run_goes_on_from_the_state_of_its_checkpoint(
+    tmp_path: Path, job_in, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With real work: a signal in step 14 of some 27, and a new budget."""
+    loop_settings, run = {"epochs": 1000.0}, {"time_budget": 6.0, "eval_steps": 1000}
+    method = stopping(Ticking(monkeypatch), 25)
+    with pytest.raises(Stopped):
+        train(job_in(tmp_path, method=method, started=0.0, loop=loop_settings, run=run))
+    state = json.loads((tmp_path / "checkpoint-14" / "state.json").read_text())["loop"]
+    assert 0.4 < state["progress"] < 0.6
+    run |= {"resume": "auto", "time_budget": 3.0}
+    job = job_in(tmp_path, method=Ticking(monkeypatch), started=0.0, loop=loop_settings, run=run)
+    result = train(job)
+    assert result.resumed_from == 14
+    assert 20 < result.steps < 30
+    assert "--time_budget changed from 6.0 to 3.0: accepted (the learning rate decays to the new end)" in said(job)
+    rates = [line["lr"] for line in metrics(job)]
+    first = paced_rate(state["progress"], state["step_share"], **COSINE | {"peak": 1e-2})
+    assert rates[14] == pytest.approx(first, rel=1e-5)
+    assert rates[-1] < 1e-3
+
+
 def test_the_start_of_the_process() -> None:
     program = (
         "import time; begun = time.monotonic(); time.sleep(0.3)\n"
-        "from unsloth_factory.training.time_budget import process_started\n"
+        "from unsloth_factory.training.pacing.time_budget import process_started\n"
         "print(begun, process_started())"
     )
     before = time.monotonic()

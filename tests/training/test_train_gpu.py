@@ -15,7 +15,7 @@ from unsloth_factory.config.settings import ModelSettings, RunSettings, TuningSe
 from unsloth_factory.model.load import load_model
 from unsloth_factory.run.atomic import sha256
 from unsloth_factory.run.folder import RunFolder
-from unsloth_factory.training.checkpoint import claim
+from unsloth_factory.training.checkpoints.store import claim
 from unsloth_factory.training.job import TrainResult
 from unsloth_factory.training.loop import train
 from unsloth_factory.training.methods import Dpo, LossSum, Sft

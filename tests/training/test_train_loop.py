@@ -14,11 +14,11 @@ from training_jobs import said, samples
 
 from unsloth_factory.config.errors import UserError
 from unsloth_factory.config.settings import TuningSettings
-from unsloth_factory.training import progress as progress_module
 from unsloth_factory.training.loop import train
-from unsloth_factory.training.metrics import MetricsLog
-from unsloth_factory.training.plot import smoothed
-from unsloth_factory.training.progress import Progress, duration
+from unsloth_factory.training.reporting import progress as progress_module
+from unsloth_factory.training.reporting.metrics import MetricsLog
+from unsloth_factory.training.reporting.plot import smoothed
+from unsloth_factory.training.reporting.progress import Progress, duration
 
 
 def test_a_run_leaves_everything_behind(tmp_path: Path, job_in) -> None:

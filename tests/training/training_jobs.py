@@ -8,6 +8,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,11 @@ from unsloth_factory.model.loaded import LoadedModel
 from unsloth_factory.run.atomic import sha256
 from unsloth_factory.run.folder import RunFolder, RunManifest
 from unsloth_factory.training import loop as loop_module
-from unsloth_factory.training.checkpoint import claim
+from unsloth_factory.training import session as session_module
+from unsloth_factory.training.checkpoints.store import claim
 from unsloth_factory.training.job import TrainingJob
 from unsloth_factory.training.methods import Sft
+from unsloth_factory.training.pacing.time_budget import TimeBox
 
 torch.set_num_threads(1)
 CPU = torch.device("cpu")
@@ -113,6 +116,18 @@ def job_in(random_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[
             return make_job(folder, loaded, store, **changes)
 
         yield build
+
+
+class Ticking(Sft):
+    """SFT on a clock of its own: every micro-batch takes a tenth of a second, and nothing else takes any time."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 0.0
+        monkeypatch.setattr(session_module, "TimeBox", partial(TimeBox, clock=lambda: self.now))
+
+    def loss(self, loaded: Any, batch: Any) -> Any:
+        self.now += 0.1
+        return super().loss(loaded, batch)
 
 
 def said(job: TrainingJob) -> str:

@@ -30,12 +30,12 @@ from unsloth_factory.model.load import load_model
 from unsloth_factory.model.loaded import LoadedModel
 from unsloth_factory.run.atomic import write_json
 from unsloth_factory.run.folder import RunFolder, RunManifest, Thinking
-from unsloth_factory.training.checkpoint import claim
+from unsloth_factory.training.checkpoints.store import claim
 from unsloth_factory.training.job import TrainingJob, TrainResult
 from unsloth_factory.training.loop import train
 from unsloth_factory.training.methods import METHODS, Method
-from unsloth_factory.training.progress import print_labelled
-from unsloth_factory.training.time_budget import process_started
+from unsloth_factory.training.pacing.time_budget import process_started
+from unsloth_factory.training.reporting.progress import print_labelled
 
 
 @dataclass(frozen=True)

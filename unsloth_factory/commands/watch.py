@@ -16,7 +16,7 @@ from unsloth_factory.data.types import Conversation, TokenSample
 from unsloth_factory.evaluation.sample_answers import SampleAnswers
 from unsloth_factory.knowledge import DomainPack
 from unsloth_factory.model.loaded import LoadedModel
-from unsloth_factory.training.forgetting import split_general
+from unsloth_factory.training.watch.forgetting import split_general
 
 GENERAL = Path(__file__).resolve().parent.parent / "assets" / "general.jsonl"
 

@@ -32,6 +32,7 @@ ALIASES = {
     "early_stopping_threshold": "early_stopping_min_delta",
     "metric_for_best_model": "metric_for_best",
     "load_best_model_at_end": "load_best",
+    "stage": "method",  # of `uf plan`; elsewhere it must agree with the command
 }
 
 # LLaMA-Factory's `max_samples` limits the data of a training; in `validate` it is a flag of its own.

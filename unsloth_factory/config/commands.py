@@ -43,6 +43,21 @@ class DpoConfig(SftConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class PlanConfig(DpoConfig):
+    """What a training needs before it is started: peak memory by part, speed, time, and the best settings that fit.
+
+    Takes the settings of `uf sft` and `uf dpo`; of the model config.json is enough.
+    """
+
+    method: Literal["sft", "dpo", "grpo"] = "sft"
+    """The training to plan."""
+    gpu: str = "auto"
+    """T4, L4, 3060, 4090, A100, A100-80GB, H100, H200, a size such as 16GB, or auto for the card of this machine."""
+    json: bool = False
+    """Print the plan as JSON, sizes in bytes and times in seconds."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ValidateConfig:
     """Base and tuned model side by side on the validation samples and the domain pack's rules."""
 

@@ -27,6 +27,7 @@ class Command:
 COMMANDS = {
     "sft": Command("fine-tune on conversations", settings.SftConfig, "commands.train:run_sft"),
     "dpo": Command("align on preference pairs", settings.DpoConfig, "commands.train:run_dpo"),
+    "plan": Command("does a training fit, how fast, which settings", settings.PlanConfig, "commands.plan:run"),
     "validate": Command("base against tuned on held-out samples", settings.ValidateConfig, "commands.validate:run"),
     "evaluate": Command("score a benchmark such as C-Eval", settings.EvaluateConfig, "commands.evaluate:run"),
     "chat": Command("talk to the model", settings.ChatConfig, "commands.chat:run"),

@@ -164,7 +164,7 @@ def _construct(loader: _StrictLoader, node: yaml.Node) -> Any:
         current[0] = inner
         return construct_object(inner, deep)
 
-    loader.construct_object = noting  # type: ignore[method-assign]
+    loader.construct_object = noting  # type: ignore[method-assign, assignment]
     try:
         return loader.construct_document(node)
     except (ValueError, AttributeError, TypeError, OverflowError) as error:

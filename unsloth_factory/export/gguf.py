@@ -72,10 +72,10 @@ def convert(model: Path, output: Path, options: GgufOptions) -> ExportResult:
     temporary = own_partial(output)
     needed = gguf_bytes(stored_weights(model), options.outtype)
     require_free_space(output.parent, needed, f"the {options.outtype} GGUF file")
-    with exclusive(output.parent, "uf gguf"):
+    with exclusive(output.parent, "uf gguf") as lock:
         remove_leftovers(output)
         try:
-            figures = _convert(converter, model, temporary, options) | {"converter": version}
+            figures = _convert(converter, model, temporary, options, lock) | {"converter": version}
             if options.check:
                 figures |= _check(temporary, model, output, options)
             publish_with_sum(temporary, output)
@@ -88,10 +88,11 @@ def convert(model: Path, output: Path, options: GgufOptions) -> ExportResult:
     return ExportResult(output, output.stat().st_size, time.monotonic() - started, figures)
 
 
-def _convert(converter: Path, model: Path, temporary: Path, options: GgufOptions) -> dict[str, Any]:
+def _convert(converter: Path, model: Path, temporary: Path, options: GgufOptions, lock: int) -> dict[str, Any]:
     byte_level, fallback, reason = known_pre_tokenizer(model)
     memory = memory_limit(sum(path.stat().st_size for path in shard_paths(model)))
-    with ChildProcess("unsloth_factory.export.convert_child", "llama.cpp's converter", memory=memory) as child:
+    name = "unsloth_factory.export.convert_child"
+    with ChildProcess(name, "llama.cpp's converter", memory=memory, inherited=(lock,)) as child:
         request: dict[str, Any] = {"op": "open", "converter": str(converter), "model": str(model.resolve())}
         request |= {"byte_level_bpe": byte_level, "fallback": fallback, "reason": reason}
         opened, _ = child.call(request, timeout=300)

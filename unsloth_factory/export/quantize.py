@@ -84,8 +84,9 @@ def quantize(source: Path, folder: Path, types: Sequence[str], *, threads: int |
     weights = sum(_elements(tensor.shape) for tensor in header.tensors)
     require_free_space(folder, quantized_bytes(weights, types), f"quantising to {', '.join(types)}")
     verify_file(source)
-    with exclusive(folder, "uf quantize"):
-        return [_quantize_one(source, header, folder / quantized_name(source, name), name, threads) for name in types]
+    workers = threads or os.cpu_count() or 1
+    with exclusive(folder, "uf quantize") as lock:
+        return [_quantize_one(source, header, folder / quantized_name(source, n), n, (workers, lock)) for n in types]
 
 
 def quantized_name(source: Path, type_name: str) -> str:
@@ -112,14 +113,15 @@ def _refuse_quantized(source: Path, header: GgufHeader) -> None:
         )
 
 
-def _quantize_one(source: Path, before: GgufHeader, target: Path, name: str, threads: int | None) -> ExportResult:
+def _quantize_one(source: Path, before: GgufHeader, target: Path, name: str, worker: tuple[int, int]) -> ExportResult:
+    """One file; `worker` = (threads, descriptor of the folder's lock)."""
     started = time.monotonic()
     if target.resolve() == source.resolve():
         raise UserError(f"{target}: quantising to {name} would overwrite the source. Give another --output folder.")
     temporary = own_partial(target)
     try:
         remove_leftovers(target)
-        _run_quantizer(source, temporary, name, threads or os.cpu_count() or 1)
+        _run_quantizer(source, temporary, name, *worker)
         after = read_header(temporary)
         if {t.name for t in after.tensors} != {t.name for t in before.tensors}:
             raise UserError(f"{target}: llama.cpp wrote other tensors than the source has. Nothing was kept.")
@@ -162,13 +164,14 @@ def find_fallbacks(header: GgufHeader, name: str) -> dict[str, str]:
     }
 
 
-def _run_quantizer(source: Path, temporary: Path, name: str, threads: int) -> None:
+def _run_quantizer(source: Path, temporary: Path, name: str, threads: int, lock: int) -> None:
     """Cyllama in a child process, else `llama-quantize` when it is on the path."""
     if find_spec("cyllama") is None:
-        _run_program(source, temporary, name, threads)
+        _run_program(source, temporary, name, threads, lock)
         return
     memory = memory_limit(source.stat().st_size)
-    with ChildProcess("unsloth_factory.export.quantize_child", f"quantising to {name}", memory=memory) as child:
+    module = "unsloth_factory.export.quantize_child"
+    with ChildProcess(module, f"quantising to {name}", memory=memory, inherited=(lock,)) as child:
         request = {"op": "quantize", "source": str(source.resolve()), "target": str(temporary.resolve())}
         try:
             child.call(request | {"ftype": FILE_TYPES[name], "threads": threads}, timeout=TIMEOUT)
@@ -176,14 +179,20 @@ def _run_quantizer(source: Path, temporary: Path, name: str, threads: int) -> No
             raise _explained(error, name, child.log_tail(40)) from None
 
 
-def _run_program(source: Path, temporary: Path, name: str, threads: int) -> None:
+def _run_program(source: Path, temporary: Path, name: str, threads: int, lock: int) -> None:
     program = shutil.which("llama-quantize")
     if program is None:
         raise UserError(f"quantising needs cyllama or llama-quantize, and neither is installed. {INSTALL_HINT}")
     command = [program, str(source.resolve()), str(temporary.resolve()), name.upper(), str(threads)]
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, errors="replace", env=child_environment(), timeout=TIMEOUT
+            command,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            env=child_environment(),
+            timeout=TIMEOUT,
+            pass_fds=(lock,),
         )
     except subprocess.TimeoutExpired:
         raise UserError(f"{program}: not done after {TIMEOUT / 3600:.0f} hours, stopped.") from None

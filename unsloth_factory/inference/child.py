@@ -54,13 +54,14 @@ def memory_limit(file_bytes: int) -> int:
 class ChildProcess:
     """One child running `python -m module`, asked one request after the other. A context manager."""
 
-    def __init__(self, module: str, what: str, *, memory: int | None = None) -> None:
+    def __init__(self, module: str, what: str, *, memory: int | None = None, inherited: tuple[int, ...] = ()) -> None:
         """Start the child.
 
         Args:
             module: Module whose main guard calls `serve`.
             what: What it does, for messages ("llama.cpp with model.gguf").
             memory: Limit of its private memory, bytes.
+            inherited: Open descriptors that it holds too, such as a folder's lock.
         """
         self.what = what
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the child
@@ -73,6 +74,7 @@ class ChildProcess:
             stderr=self._log,
             env=child_environment(),
             bufsize=0,
+            pass_fds=inherited,
         )
         if memory is not None and hasattr(resource, "prlimit"):  # Linux
             with suppress(ProcessLookupError):
@@ -246,7 +248,7 @@ def _end_with_parent() -> None:
 
     def watch() -> None:
         while os.getppid() == parent:
-            time.sleep(0.5)
+            time.sleep(0.2)
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()

@@ -16,6 +16,7 @@ import os
 import re
 import shutil
 import tempfile
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
@@ -27,6 +28,7 @@ SUMS_NAME = "SHA256SUMS"
 SUFFIX = ".partial"
 # A file name has at most 255 bytes; a temporary one needs some of them for itself.
 LONGEST_STEM = 180
+WAIT_SECONDS = 5.0
 AT_FDCWD, RENAME_EXCHANGE = -100, 2
 UNSUPPORTED = (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP)
 
@@ -91,8 +93,11 @@ def discard(path: Path) -> None:
 
 
 @contextmanager
-def exclusive(folder: Path, what: str) -> Iterator[None]:
+def exclusive(folder: Path, what: str) -> Iterator[int]:
     """Hold a folder (it is made when missing) against a second program; the kernel frees it however this one ends.
+
+    Gives the descriptor of the lock. A child that inherits it holds the folder for as long as it lives: what a killed
+    parent left behind cannot write beside its successor, which waits for it a few seconds.
 
     Raises:
         UserError: Another program holds it, or it cannot be made.
@@ -103,16 +108,26 @@ def exclusive(folder: Path, what: str) -> Iterator[None]:
     except OSError as error:
         raise UserError(f"{folder} cannot be used ({error.strerror}). Name a folder that can be written.") from error
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(descriptor)
-        raise UserError(f"Another program is writing into {folder}. Wait for it, then start {what} again.") from error
-    except OSError:
-        pass  # a file system without locks: the temporary names still keep two writers apart
-    try:
-        yield
+        if not _locked(descriptor, time.monotonic() + WAIT_SECONDS):
+            raise UserError(f"Another program is writing into {folder}. Wait for it, then start {what} again.")
+        yield descriptor
     finally:
         os.close(descriptor)
+
+
+def _locked(descriptor: int, deadline: float) -> bool:
+    """Lock a folder's descriptor; false when another process holds it until the deadline."""
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.05)
+        except OSError:
+            return True  # a file system without locks: the temporary names still keep two writers apart
+        else:
+            return True
 
 
 def fsync_path(path: Path) -> None:

@@ -6,10 +6,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from unsloth_factory.data.batching import Batch
-from unsloth_factory.training import forgetting
-from unsloth_factory.training.cuts import cut, row_lengths
+from unsloth_factory.training.memory.cuts import cut, row_lengths
 from unsloth_factory.training.methods import Method
 from unsloth_factory.training.session import Session
+from unsloth_factory.training.watch import forgetting
 
 
 def planned(session: Session, step: int) -> list[Sequence[Any]]:

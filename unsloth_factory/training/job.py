@@ -15,8 +15,8 @@ from unsloth_factory.data.template import ChatTemplate
 from unsloth_factory.data.types import Conversation, TokenPair, TokenSample
 from unsloth_factory.model.loaded import LoadedModel
 from unsloth_factory.run.folder import RunFolder, RunManifest
-from unsloth_factory.training.checkpoint import CheckpointStore
-from unsloth_factory.training.meter import Meter
+from unsloth_factory.training.checkpoints.store import CheckpointStore
+from unsloth_factory.training.memory.meter import Meter
 from unsloth_factory.training.methods.base import Method
 
 

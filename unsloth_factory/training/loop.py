@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import shutil
 import time
@@ -14,17 +15,21 @@ import torch
 from unsloth_factory.config.errors import Stopped, UserError
 from unsloth_factory.data.split import write_validation_split
 from unsloth_factory.run.atomic import partial, publish_folder, require_free_space, write_text
-from unsloth_factory.training import best, extension, forgetting, guards, held_out, memory, pace, resume
-from unsloth_factory.training.announce import announce
-from unsloth_factory.training.checkpoint import Checkpoint, disk_errors
+from unsloth_factory.training.checkpoints import extension, resume
+from unsloth_factory.training.checkpoints.store import Checkpoint, disk_errors
+from unsloth_factory.training.checkpoints.tensors import read_tensors, require_finite, write_tensors
 from unsloth_factory.training.job import TrainingJob, TrainResult
-from unsloth_factory.training.plot import plot_loss
-from unsloth_factory.training.probe import probe
-from unsloth_factory.training.progress import Progress, peak_memory
+from unsloth_factory.training.memory import relief
+from unsloth_factory.training.memory.probe import probe
+from unsloth_factory.training.memory.shortage import insist
+from unsloth_factory.training.pacing import pace
+from unsloth_factory.training.reporting.announce import announce
+from unsloth_factory.training.reporting.plot import plot_loss
+from unsloth_factory.training.reporting.progress import Progress, peak_memory
 from unsloth_factory.training.session import Session, open_session
 from unsloth_factory.training.signals import StopSignals
 from unsloth_factory.training.step import StepResult, run_step
-from unsloth_factory.training.tensors import read_tensors, require_finite, write_tensors
+from unsloth_factory.training.watch import best, forgetting, guards, held_out
 
 
 def train(job: TrainingJob) -> TrainResult:
@@ -70,7 +75,12 @@ def _start_afresh(session: Session) -> None:
         return
     # The newest is written before the oldest is deleted; the best is kept beside them.
     copies = job.run.save_total_limit + 1 + bool(job.eval_items and not job.watch.no_keep_best)
-    require_free_space(job.folder.path, copies * session.checkpoint_bytes, f"Training with {copies} checkpoints")
+    try:
+        require_free_space(job.folder.path, copies * session.checkpoint_bytes, f"Training with {copies} checkpoints")
+    except UserError:
+        if not job.folder.metrics.exists():
+            job.folder.data_report.unlink(missing_ok=True)  # nothing was trained here: leave no folder behind
+        raise
     if job.run.overwrite:
         job.store.discard_all()
         for old in (job.folder.final_adapter, job.folder.final_model):
@@ -144,7 +154,7 @@ def walk(session: Session, stop: StopSignals) -> None:
         if state.pending is None:
             result = run_step(session, state.step)
             guards.record(session, result)
-            memory.watch(session)
+            relief.watch(session)
             state.pending = _metrics_line(session, result, time.monotonic() - started)
             if guards.lost(session):
                 _log(session, state.pending)
@@ -245,13 +255,15 @@ def save(session: Session) -> None:
         "fingerprint": session.fingerprint,
         "harmless": resume.harmless_settings(job.loop, job.run, job.watch, job.guard),
     }
-    job.store.save(
+    write = functools.partial(
+        job.store.save,
         session.state.step,
         lambda folder: write_tensors(folder, job.loaded, session.optimizer.optimizer),
         state,
         session.checkpoint_bytes,
         keep=best.kept(session),
     )
+    insist(write, session.meter.release)  # for want of memory nothing is left behind, so it can be done again
 
 
 def finish(session: Session) -> TrainResult:

@@ -13,15 +13,16 @@ from accelerate.tracking import get_available_trackers
 
 from unsloth_factory.config.errors import UserError
 from unsloth_factory.data.batching import StepPlan
-from unsloth_factory.training import resume, schedule
+from unsloth_factory.training.checkpoints import resume
 from unsloth_factory.training.job import TrainingJob
-from unsloth_factory.training.levers import Levers
-from unsloth_factory.training.memory_watch import MemoryWatch
-from unsloth_factory.training.meter import Meter, meter_of
-from unsloth_factory.training.metrics import MetricsLog
+from unsloth_factory.training.memory.levers import Levers
+from unsloth_factory.training.memory.meter import Meter, meter_of
+from unsloth_factory.training.memory.watch import MemoryWatch
 from unsloth_factory.training.optimizers import make_optimizer, state_bytes
-from unsloth_factory.training.progress import Progress
-from unsloth_factory.training.time_budget import TimeBox
+from unsloth_factory.training.pacing import schedule
+from unsloth_factory.training.pacing.time_budget import TimeBox
+from unsloth_factory.training.reporting.metrics import MetricsLog
+from unsloth_factory.training.reporting.progress import Progress
 
 PRECISIONS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "no"}
 
@@ -129,6 +130,12 @@ class Session:
     def over(self) -> bool:
         """No further step is to be done."""
         return self.state.end is not None or self.state.step >= self.total_steps
+
+    @property
+    def steps_to_come(self) -> int:
+        """Steps that are left, as far as the time is expected to allow."""
+        left = self.total_steps - self.state.step
+        return left if self.time_box.fitting is None else min(left, self.time_box.fitting)
 
     @property
     def evaluation_steps(self) -> int:

@@ -14,13 +14,14 @@ from functools import partial
 import torch
 
 from unsloth_factory.data.batching import Batch
-from unsloth_factory.training import anomalies, memory
 from unsloth_factory.training.batches import step_batches
-from unsloth_factory.training.offload import offloaded
+from unsloth_factory.training.memory import relief
+from unsloth_factory.training.memory.offload import offloaded
+from unsloth_factory.training.memory.shortage import Shortage, attempt, insist
 from unsloth_factory.training.reduce import Sums, reduce_gradients, reduce_number
 from unsloth_factory.training.session import Session
-from unsloth_factory.training.shortage import Shortage, attempt, insist
 from unsloth_factory.training.update import apply_update
+from unsloth_factory.training.watch import anomalies
 
 REPEATS = 2
 """Times that a step is done again as it was when the memory ran out outside its micro-batches."""
@@ -82,9 +83,9 @@ def run_step(session: Session, step: int) -> StepResult:
     while isinstance(gradients, Shortage):
         repeats += 1
         if repeats > REPEATS:
-            raise memory.nothing_for_the_update(session, gradients.message)
+            raise relief.nothing_for_the_update(session, gradients.message)
         gradients = _gradients(session, step)
-    return _update(session, gradients) if gradients.units else _nothing(session, gradients)
+    return _update(session, gradients)
 
 
 def _gradients(session: Session, step: int) -> Gradients | Shortage:
@@ -99,7 +100,7 @@ def _gradients(session: Session, step: int) -> Gradients | Shortage:
         return Gradients(batches, math.nan, 0.0, {}, 0, *_tokens(session, batches))
     sums = _accumulate(session, step, batches, count)
     while isinstance(sums, Batch):
-        memory.relieve(session, sums, f"in step {step + 1}")
+        relief.relieve(session, sums, f"in step {step + 1}")
         batches, _ = insist(partial(_batches, session, step), session.meter.release)
         sums = _accumulate(session, step, batches, count)
     if isinstance(sums, Shortage):
@@ -187,7 +188,7 @@ def _update(session: Session, gradients: Gradients) -> StepResult:
         suspects = anomalies.suspects(session, gradients.batches, gradients.totals, gradients.loss)
     if applied:
         apply_update(session)
-    elif scaler is not None:
+    elif scaler is not None and gradients.units:
         scaler.update()  # lowers the loss scale when something is not finite
     session.optimizer.zero_grad()
     return StepResult(
@@ -201,19 +202,6 @@ def _update(session: Session, gradients: Gradients) -> StepResult:
         overflow=overflow,
         metrics=gradients.metrics,
         suspects=suspects,
-    )
-
-
-def _nothing(session: Session, gradients: Gradients) -> StepResult:
-    """A step without a single trained token: there is nothing to divide by, and nothing is applied."""
-    return StepResult(
-        loss=gradients.loss,
-        gradient_norm=gradients.norm,
-        tokens=gradients.tokens,
-        trained_tokens=0,
-        units=0,
-        applied=False,
-        suspects=anomalies.suspects(session, gradients.batches, [], gradients.loss),
     )
 
 

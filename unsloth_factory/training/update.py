@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from unsloth_factory.config.errors import UserError
-from unsloth_factory.training import memory
+from unsloth_factory.training.memory import relief
+from unsloth_factory.training.memory.shortage import Shortage, attempt
 from unsloth_factory.training.session import Session
-from unsloth_factory.training.shortage import Shortage, attempt
 
 UNDO_BYTES = 64 * 2**20
 """Weights and moments that are copied at a time."""
@@ -49,7 +49,7 @@ def _apply_whole(session: Session) -> None:
                 f"Out of {session.meter.name} in the middle of the update of step {session.state.step + 1}: the "
                 f"weights in memory are of no use any more, the last checkpoint is intact. {session.job.resume_command}"
             )
-    raise memory.nothing_for_the_update(session, outcome.message)
+    raise relief.nothing_for_the_update(session, outcome.message)
 
 
 def _versions(optimizer: torch.optim.Optimizer) -> list[int]:
@@ -100,7 +100,7 @@ def _apply_part(session: Session, optimizer: torch.optim.Optimizer, part: Part) 
             tensor.copy_(old)
         for state, old_numbers in numbers:
             state.update(old_numbers)
-    raise memory.nothing_for_the_update(session, outcome.message)
+    raise relief.nothing_for_the_update(session, outcome.message)
 
 
 def _step(

@@ -1,0 +1,160 @@
+"""How much memory there is and how much is used: of the GPU as torch sees it, or of this machine for a CPU."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import psutil
+import torch
+
+CGROUP = Path("/sys/fs/cgroup")
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Memory at one moment, bytes."""
+
+    used: int
+    """In use now."""
+    peak: int
+    """Most that was in use since `reset_peak`."""
+    limit: int
+    """Most that this process can have: what it has, and what is free."""
+
+    def __str__(self) -> str:
+        return f"{self.peak / GIB:.2f} GiB of {self.limit / GIB:.2f} GiB"
+
+
+class Meter(Protocol):
+    """Where the figures come from; tests put a small card in its place."""
+
+    name: str
+    """For messages."""
+    probes: bool
+    """The longest micro-batch is worth trying before the first step."""
+    offloads: bool
+    """There is other memory that activations can go to."""
+
+    def read(self) -> Reading:
+        """The present figures."""
+        ...
+
+    def reset_peak(self) -> None:
+        """Let the peak count from now on."""
+        ...
+
+    def release(self) -> None:
+        """Give back what nobody uses."""
+        ...
+
+
+class GpuMeter:
+    """Memory of one GPU as torch's allocator accounts for it."""
+
+    name = "GPU memory"
+    probes = True
+    offloads = True
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def read(self) -> Reading:
+        """The present figures; the limit heeds `set_per_process_memory_fraction` and the other users of the card."""
+        free, total = torch.cuda.mem_get_info(self.device)
+        allowed = int(total * torch.cuda.get_per_process_memory_fraction(self.device))
+        return Reading(
+            used=torch.cuda.memory_allocated(self.device),
+            peak=torch.cuda.max_memory_allocated(self.device),
+            limit=min(allowed, free + torch.cuda.memory_reserved(self.device)),
+        )
+
+    def reset_peak(self) -> None:
+        """Let the peak count from now on."""
+        torch.cuda.reset_peak_memory_stats(self.device)
+
+    def release(self) -> None:
+        """Collect cycles (a failed backward pass leaves some), then return cached blocks to the driver."""
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+class HostMeter:
+    """Resident memory of this process against what the machine, or its container, has left."""
+
+    name = "memory"
+    probes = False  # a step costs seconds there, and memory is there
+    offloads = False
+
+    def __init__(self) -> None:
+        self.process = psutil.Process()
+        self.highest = 0
+
+    def read(self) -> Reading:
+        """The present figures."""
+        held = self.process.memory_info()
+        self.highest = max(self.highest, held.rss, _high_water())
+        free = min([psutil.virtual_memory().available, *cgroup_rooms(), *_address_rooms(self.process)])
+        return Reading(used=held.rss, peak=self.highest, limit=held.rss + free)
+
+    def reset_peak(self) -> None:
+        """Let the peak count from now on (Linux's own high-water mark too, where that is allowed)."""
+        self.highest = 0
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+    def release(self) -> None:
+        """Collect cycles."""
+        gc.collect()
+
+
+def meter_of(device: torch.device) -> Meter:
+    """The meter of a device."""
+    return GpuMeter(device) if device.type == "cuda" else HostMeter()
+
+
+def _high_water() -> int:
+    """Largest resident size so far, bytes; 0 where the system does not tell."""
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+    except (OSError, StopIteration):
+        return 0
+
+
+def _address_rooms(process: psutil.Process) -> list[int]:
+    """Bytes of address space that are left (`ulimit -v`), where there is a limit."""
+    if not hasattr(psutil, "RLIMIT_AS"):
+        return []
+    limit = process.rlimit(psutil.RLIMIT_AS)[0]
+    return [] if limit == psutil.RLIM_INFINITY else [max(0, limit - process.memory_info().vms)]
+
+
+def cgroup_rooms(root: Path = CGROUP, membership: Path = Path("/proc/self/cgroup")) -> list[int]:
+    """Bytes that each control group above this process has left; files it has read and may drop count as free."""
+    rooms = []
+    for folder in _groups(root, membership):
+        try:
+            limit = int((folder / "memory.max").read_text(encoding="ascii"))  # "max" where there is none
+            current = int((folder / "memory.current").read_text(encoding="ascii"))
+            stat = (folder / "memory.stat").read_text(encoding="ascii")
+        except (OSError, ValueError):
+            continue
+        droppable = [int(line.split()[1]) for line in stat.splitlines() if line.startswith("inactive_file ")]
+        rooms.append(max(0, limit - current + sum(droppable)))
+    return rooms
+
+
+def _groups(root: Path, membership: Path) -> list[Path]:
+    """This process's control group (version 2) and those above it."""
+    try:
+        lines = membership.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []
+    own = next((line[3:].strip("/") for line in lines if line.startswith("0::")), "")
+    folder = root / own
+    return [folder, *(above for above in folder.parents if above == root or root in above.parents)] if own else [root]

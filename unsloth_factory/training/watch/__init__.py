@@ -1,0 +1,1 @@
+"""What is looked at while training: held-out data, samples, forgetting, values that are not finite; what follows."""
