@@ -52,6 +52,7 @@ def qwen3(layers: int, hidden: int, intermediate: int, heads: int, tied: bool) -
 
 
 SHAPES = {
+    "0.6B": qwen3(28, 1024, 3072, 16, True),
     "1.7B": qwen3(28, 2048, 6144, 16, True),
     "4B": qwen3(36, 2560, 9728, 32, True),
     "8B": qwen3(36, 4096, 12288, 32, False),
@@ -65,9 +66,11 @@ MEASURED = [
     ("8B", "qlora", True, "adamw_8bit", "sft", (4072, True, 2016), 8919029248, 9701425152, 0.01),
     ("1.7B", "full", True, "adamw", "sft", (4072, True, 2016), 32655694336, 37404803072, 0.001),
     ("4B", "full", False, "adamw_8bit", "sft", (1023, False, 497), 57671155712, 61842915328, 0.001),
-    ("1.7B", "qlora", True, "adamw_8bit", "dpo", (2043, True, 963), 2662636032, 2977955840, 0.001),
+    ("1.7B", "qlora", True, "adamw_8bit", "dpo", (2043, True, 963), 2662636032, 2977955840, 0.01),
     ("8B", "lora", True, "adamw_8bit", "sft", (8188, False, 4080), 22064853504, 22351446016, 0.006),
     ("8B", "lora", False, "adamw_8bit", "sft", (2047, True, 993), 35400984576, 35750150144, 0.003),
+    ("8B", "qlora", True, "adamw_8bit", "sft", (8140, True, 4034), 11308043776, 12022972416, 0.005),
+    ("0.6B", "lora", True, "adamw_8bit", "sft", (16251, True, 8069), 4810721280, 5427429376, 0.06),
 ]
 
 

@@ -274,7 +274,7 @@ class Decoder(Operations):
         if trained:
             value = self.tape.record(value, (), self._embedding_backward, trains=True)
         waves = [self.new(shape.head_dim, self.cosine_size).kept() for _ in range(2)]
-        mask = self.plain(self.rows.count * self.rows.width, "activations") if self.rows.masked else None
+        mask = self._mask() if self.rows.masked else None
         if self.tape.recording:
             # layers keep the waves; checkpointed ones hold on to their arguments, the mask among them
             self.shared += [*waves, mask] if self.layout.checkpointing else waves
@@ -287,6 +287,14 @@ class Decoder(Operations):
         value = self.norm(value, "final_norm", trained=trained)
         del mask, waves
         return value
+
+    def _mask(self) -> Buffer:
+        """Which positions see which, a byte each: those before it, and those of its document, at once."""
+        pairs = self.rows.count * self.rows.width
+        earlier, own = self.plain(pairs, "temporaries"), self.plain(pairs, "temporaries")
+        mask = self.plain(pairs, "activations")
+        del earlier, own
+        return mask
 
     def _embedding_backward(self, _: Value) -> tuple[Value | None, ...]:
         gradient = self.plain(4 * self.shape.embedding, "temporaries", 4.0 * self.rows.count * self.shape.hidden)
