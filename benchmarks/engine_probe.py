@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from unsloth_factory.config.settings import TuningSettings  # noqa: E402
 from unsloth_factory.kernels import attention, nf4, rms_norm, rotary, swiglu  # noqa: E402
+from unsloth_factory.kernels.transfer import to_device  # noqa: E402
 from unsloth_factory.model.fast.head import cross_entropy_sum  # noqa: E402
 from unsloth_factory.model.fast.layer import Saving  # noqa: E402
 from unsloth_factory.model.fast.load import load_fast  # noqa: E402
@@ -126,7 +127,7 @@ def pieces(tokens: int) -> None:
 
 
 def cudnn() -> None:
-    """cuDNN's attention over packed documents, against the flash kernel of torch."""
+    """CuDNN's attention over packed documents, against the flash kernel of torch."""
     import subprocess
 
     done = subprocess.run([sys.executable, __file__, "--cudnn"], capture_output=True, text=True, timeout=60)
@@ -300,8 +301,11 @@ def whole(peft: Any, sizes: list[int]) -> None:
     params = [p for p in peft.parameters() if p.requires_grad]
     optimizer = bnb.optim.AdamW8bit(params, lr=1e-4)
     planner = peft.get_base_model().model.planner
+    decoder = peft.get_base_model().model
     for saving in (Saving.KEEP, Saving.DROP_GATE_UP, Saving.RECOMPUTE):
         planner.forced = saving
+        if decoder.graphs is not None:
+            decoder.graphs.drop()
         for tokens in sizes:
             try:
                 gc.collect()
@@ -406,6 +410,70 @@ def stream(peft: Any, name: str, lengths: list[int], budget: int, per_step: int 
     )
 
 
+def check() -> None:
+    """Graphs against single launches: hidden states and gradients, on rows of several lengths; four layers."""
+    from unsloth_factory.model.fast.graphs import Graphs
+
+    peft = model(4)
+    decoder = peft.get_base_model().model
+    params = [p for p in peft.parameters() if p.requires_grad]
+    for p in params:
+        p.data = torch.randn_like(p) * 0.02
+    for lengths in ([700, 324], [1500, 500], [100] * 13 + [37], [300], [1500, 500], [2048], [33, 900, 1100, 11]):
+        total = sum(lengths)
+        ids = torch.randint(0, 151000, (1, total))
+        positions = torch.cat([torch.arange(n) for n in lengths])[None]
+        weights = torch.randn(total, 4096, device=DEVICE, dtype=DTYPE)
+        found = []
+        for graphs in (None, decoder.graphs or Graphs(decoder)):
+            decoder.graphs = graphs
+            for p in params:
+                p.grad = None
+            for _ in range(2):  # gradients add up
+                hidden = decoder(input_ids=ids, position_ids=positions).last_hidden_state[0]
+                (hidden * weights).sum().backward()
+            found.append([hidden.detach().float(), *(p.grad.clone() for p in params)])
+        worst = max(float((a - b).norm() / b.norm()) for a, b in zip(found[1], found[0], strict=True))
+        say(
+            what="graphs against launches",
+            lengths=lengths[:4],
+            hidden=float((found[1][0] - found[0][0]).norm() / found[0][0].norm()),
+            worst=worst,
+        )
+
+
+def waits(peft: Any, tokens: int = 2048) -> None:
+    """When Python comes back from each part of a micro-batch: where it waits for the GPU."""
+    import bitsandbytes as bnb
+
+    inner = peft.get_base_model()
+    inner.model.planner.forced = Saving.KEEP
+    optimizer = bnb.optim.AdamW8bit([p for p in peft.parameters() if p.requires_grad], lr=1e-4)
+    lengths = documents(tokens)
+    ids = torch.randint(0, 151000, (1, tokens))
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    index, targets = torch.arange(tokens // 2), torch.randint(0, 151000, (tokens // 2,))
+    for turn in range(6):
+        torch.cuda.synchronize()
+        marks = [time.perf_counter()]
+        for _ in range(3):
+            hidden = inner.model(input_ids=ids, position_ids=positions).last_hidden_state[0]
+            marks.append(time.perf_counter())
+            rows = hidden.index_select(0, to_device(index, DEVICE))
+            loss = cross_entropy_sum(rows, inner.lm_head.weight, to_device(targets, DEVICE))
+            marks.append(time.perf_counter())
+            (loss / 1e4).backward()
+            marks.append(time.perf_counter())
+        optimizer.step()
+        marks.append(time.perf_counter())
+        optimizer.zero_grad()
+        marks.append(time.perf_counter())
+        torch.cuda.synchronize()
+        marks.append(time.perf_counter())
+        if turn >= 4:
+            say(what="waits", ms=[round(1e3 * (b - a), 2) for a, b in zip(marks, marks[1:], strict=False)])
+
+
 def profile(peft: Any, tokens: int) -> None:
     """Kernels of one micro-batch by GPU time."""
     planner = peft.get_base_model().model.planner
@@ -413,7 +481,8 @@ def profile(peft: Any, tokens: int) -> None:
     run = step(peft, tokens)
     for _ in range(3):
         run()
-    from torch.profiler import ProfilerActivity, profile as profiler
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as profiler
 
     with profiler(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as result:
         run()
@@ -434,36 +503,53 @@ def profile(peft: Any, tokens: int) -> None:
         print(f"  {ms:8.2f} ms {count:5d} x {name}", flush=True)
 
 
+def capped(gib: float) -> None:
+    """Let the process use no more of the card."""
+    torch.cuda.set_per_process_memory_fraction(gib * 2**30 / torch.cuda.get_device_properties(0).total_memory)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("parts", nargs="*", default=["pieces", "whole", "profile", "mix"])
     parser.add_argument("--layers", type=int, default=36)
     parser.add_argument("--cudnn", action="store_true")
     parser.add_argument("--cap", type=float, default=0.0)
+    parser.add_argument("--no_graphs", action="store_true")
+    parser.add_argument("--budgets", default="2048,2304,2560")
     arguments = parser.parse_args()
     if arguments.cudnn:
         return cudnn_probe()
     if arguments.cap:
-        torch.cuda.set_per_process_memory_fraction(
-            arguments.cap * 2**30 / torch.cuda.get_device_properties(0).total_memory
-        )
-    assert math.isfinite(arguments.cap)
+        capped(arguments.cap)
     import traceback
 
-    for part in (lambda: pieces(2048), cudnn):
+    from unsloth_factory.model.fast.graphs import Graphs
+
+    state: dict[str, Any] = {}
+
+    def peft() -> Any:
+        if "peft" not in state:
+            state["peft"] = model(arguments.layers)
+        decoder = state["peft"].get_base_model().model
+        decoder.graphs = None if arguments.no_graphs else Graphs(decoder)
+        decoder.planner.budget = None
+        return state["peft"]
+
+    long, short = mix(384, 900, 64, 4096), mix(512, 200, 16, 1024)
+    budgets = [int(word) for word in arguments.budgets.split(",")]
+    known: dict[str, Callable[[], Any]] = {
+        "pieces": lambda: pieces(2048),
+        "cudnn": cudnn,
+        "check": check,
+        "waits": lambda: waits(peft()),
+        "whole": lambda: whole(peft(), [512, 1024, 2048, 4096]),
+        "profile": lambda: profile(peft(), 2048),
+        "mix": lambda: [stream(peft(), "mean900", long, budget) for budget in budgets],
+        "short": lambda: [stream(peft(), "mean200", short, budget) for budget in budgets[:1]],
+    }
+    for name in arguments.parts:
         try:
-            part()
-        except Exception:
-            traceback.print_exc()
-    peft = model(arguments.layers)
-    long, short = mix(320, 900, 64, 4096), mix(320, 200, 16, 1024)
-    for part in (
-        lambda: whole(peft, [512, 1024, 2048, 2560, 4096]),
-        lambda: profile(peft, 2048),
-        *(lambda b=b: stream(peft, "mean900", long, b) for b in (2048, 2400, 2800, 3400, 4096)),
-        *(lambda b=b: stream(peft, "mean200", short, b) for b in (2048, 2400, 2800)),
-    ):
-        try:
-            part()
+            known[name]()
         except Exception:
             traceback.print_exc()
 

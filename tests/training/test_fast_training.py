@@ -13,6 +13,7 @@ from training_jobs import CPU, pairs
 from unsloth_factory.config.errors import UsageError
 from unsloth_factory.config.settings import ModelSettings, TuningSettings
 from unsloth_factory.model.load import load_model
+from unsloth_factory.model.loaded import LoadedModel
 from unsloth_factory.training.loop import train
 from unsloth_factory.training.methods import Dpo
 
@@ -42,6 +43,25 @@ def test_the_curve_is_that_of_the_standard_engine(tmp_path, job_in, random_model
     assert losses(tmp_path / "fast") == pytest.approx(losses(tmp_path / "standard"), rel=2e-4)
     files = [sorted(p.name for p in (tmp_path / engine / "final_adapter").iterdir()) for engine in ("standard", "fast")]
     assert files[0] == files[1]
+
+
+@pytest.mark.parametrize("changes", [{}, {"method": Dpo(), "train_items": pairs(18)}])
+def test_samples_put_together_change_nothing_but_rounding(tmp_path, job_in, random_model_dir, changes, monkeypatch):
+    seen: dict[str, list[int]] = {"given": [], "merged": []}
+    for name, budget in (("given", None), ("merged", 150)):
+        monkeypatch.setattr(LoadedModel, "token_budget", property(lambda _, budget=budget: budget))
+        job = job_in(tmp_path / name, loaded=loaded(random_model_dir, "fast"), **changes)
+        loss = job.method.loss
+        job.method.loss = lambda model, batch, name=name, loss=loss: (
+            seen[name].append(len(batch.sources)),
+            loss(model, batch),
+        )[1]
+        train(job)
+        job.method.loss = loss
+    assert losses(tmp_path / "merged") == pytest.approx(losses(tmp_path / "given"), rel=1e-4)
+    assert max(seen["merged"]) > max(seen["given"])
+    state = json.loads(next((tmp_path / "merged").rglob("state.json")).read_text())
+    assert state["loop"]["merged_tokens"] == 150
 
 
 def test_its_adapter_goes_into_the_other_engine(tmp_path, job_in, random_model_dir):

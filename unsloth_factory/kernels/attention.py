@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from unsloth_factory.kernels.transfer import to_device
+
 
 @dataclass(frozen=True)
 class Documents:
@@ -28,7 +30,7 @@ class Documents:
         """From the lengths."""
         borders = torch.zeros(len(lengths) + 1, dtype=torch.int32)
         borders[1:] = torch.tensor(lengths, dtype=torch.int32).cumsum(0)
-        return cls(tuple(lengths), borders.to(device, non_blocking=True))
+        return cls(tuple(lengths), to_device(borders, device))
 
     @property
     def longest(self) -> int:

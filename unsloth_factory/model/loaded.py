@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from unsloth_factory.config.errors import UserError
+from unsloth_factory.kernels.transfer import to_device
 from unsloth_factory.model.fingerprint import AdapterInfo
 from unsloth_factory.model.store import save_adapter, save_full
 
@@ -82,7 +83,7 @@ class LoadedModel:
         """
         inputs = {"input_ids": input_ids, "position_ids": position_ids, "attention_mask": attention_mask}
         if self.engine != "fast":  # which finds the documents on the CPU, and would have to wait for the GPU
-            inputs = {name: None if x is None else x.to(self.device) for name, x in inputs.items()}
+            inputs = {name: None if x is None else to_device(x, self.device) for name, x in inputs.items()}
         with self.autocast():
             output = self.decoder(**inputs, use_cache=False)
         return output.last_hidden_state
@@ -130,19 +131,41 @@ class LoadedModel:
 
     @property
     def recomputes_layers(self) -> bool:
-        """Gradient checkpointing is on."""
+        """Gradient checkpointing is on; with the fast engine: for every layer, whatever memory there is."""
+        if self.engine == "fast":
+            return bool(self.decoder.planner.recomputes_all)
         return bool(self.causal_lm.is_gradient_checkpointing)
 
     def set_gradient_checkpointing(self, enabled: bool) -> None:
         """Recompute each layer in the backward pass instead of keeping its activations (Chen et al. 2016, 1604.06174).
 
-        Takes effect while the model is in training mode.
+        Takes effect while the model is in training mode. The fast engine decides that by itself, layer by layer.
         """
+        if self.engine == "fast":
+            return
         if enabled:
             # The reentrant form needs inputs that require gradients and re-runs a layer to its very end.
             self.causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         else:
             self.causal_lm.gradient_checkpointing_disable()
+
+    def recompute_layers(self) -> None:
+        """From now on recompute every layer, for want of memory."""
+        if self.engine == "fast":
+            self.decoder.planner.recompute_all()
+            self.give_up_memory()
+        else:
+            self.set_gradient_checkpointing(True)
+
+    def give_up_memory(self) -> None:
+        """After memory ran out: free what is kept for speed alone."""
+        if self.engine == "fast":
+            self.decoder.give_up_memory()
+
+    @property
+    def token_budget(self) -> int | None:
+        """Tokens of a micro-batch for which the fast engine recomputes nothing; None: as --batch_size says."""
+        return self.decoder.planner.comfortable if self.engine == "fast" else None
 
     def save_adapter(self, folder: Path, extra: dict[str, Any] | None = None) -> Path:
         """Write adapter_model.safetensors, adapter_config.json and unsloth_factory.json (with `extra` in it).

@@ -15,6 +15,7 @@ from torch import nn
 from unsloth_factory.kernels import rms_norm
 from unsloth_factory.kernels.attention import Documents
 from unsloth_factory.kernels.shadows import Shadow, Shadows
+from unsloth_factory.kernels.transfer import to_device
 from unsloth_factory.model.fast.cached import cached_forward
 from unsloth_factory.model.fast.gradients import Gradients
 from unsloth_factory.model.fast.graphs import Graphs
@@ -49,7 +50,7 @@ class FastDecoder(nn.Module):
         self._device = device
         self.gradients = Gradients([], device)
         self.graphs: Graphs | None = None
-        """Set to replay CUDA graphs instead of launching each kernel."""
+        """On a GPU: replayed instead of launching each kernel. None launches them."""
 
     def bind(self) -> None:
         """Take over the LoRA matrices that peft has put into the layers; call it after they were attached."""
@@ -62,6 +63,14 @@ class FastDecoder(nn.Module):
         self._shadows = Shadows(shadows)
         projections = [fused for layer in self.stack for fused in layer.projections.values()]
         self.gradients = Gradients(projections, self._device)
+        if self._device.type == "cuda" and self._lora_layers:
+            self.graphs = Graphs(self)
+
+    def give_up_memory(self) -> None:
+        """After memory ran out: free what is kept for speed, and plan with less from now on."""
+        if self.graphs is not None:
+            self.graphs.drop()
+        self.planner.tighten()
 
     @property
     def lora(self) -> bool:
@@ -108,13 +117,13 @@ class FastDecoder(nn.Module):
         flat = [x.reshape(-1) if real is None else x.reshape(-1)[real] for x in (input_ids, position_ids)]
         device = self.norm.weight.device
         lengths = document_lengths(flat[1], None if real is None else real // width, width if real is None else None)
-        ids, positions = (x.to(device, non_blocking=True) for x in flat)
+        ids, positions = (to_device(x, device) for x in flat)
         row = Row(*self.table.of(positions), Documents.of(lengths, device))
         hidden = self._run(self.embed_tokens(ids), row)
         if real is None:
             return hidden.view(batch, width, -1)
         spread = hidden.new_zeros(batch * width, hidden.shape[-1])
-        return spread.index_copy(0, real.to(device), hidden).view(batch, width, -1)
+        return spread.index_copy(0, to_device(real, device), hidden).view(batch, width, -1)
 
     def _run(self, x: torch.Tensor, row: Row) -> torch.Tensor:
         """[T, h] -> normed [T, h]"""
@@ -123,6 +132,8 @@ class FastDecoder(nn.Module):
                 return self.graphs.run(x, row)
             anchor = torch.zeros((), device=x.device, requires_grad=True)
             return _Stack.apply(anchor, self, x, row)
+        if self.graphs is not None:
+            self.graphs.make_room(len(x))
         with torch.no_grad():
             for layer in self.stack:
                 x, _ = layer.forward(x, row, saving=None, lora=self.lora)

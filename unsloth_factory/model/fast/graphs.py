@@ -1,14 +1,12 @@
 """The stack as CUDA graphs: a micro-batch of 8B layers is 2,800 launches, and issuing them takes longer than computing.
 
 A graph has fixed shapes. So tokens are padded to a multiple of `STEP` by a document of padding at the end, whose
-gradient is 0; the number of documents and the longest one are rounded up likewise. Forward and backward pass are two
-graphs, between which the caller computes the loss. All graphs share one pool of memory: only one micro-batch is under
-way at a time.
+gradient is 0; the number of documents is rounded up likewise. Forward and backward pass are two graphs, between which
+the caller computes the loss. All graphs share one pool of memory: only one micro-batch is under way at a time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,13 +15,9 @@ import torch
 from unsloth_factory.kernels.attention import Documents
 from unsloth_factory.kernels.launch import power_of_two
 from unsloth_factory.model.fast.layer import Row, Saving
+from unsloth_factory.model.fast.planner import STEP, available, workspace
 
-STEP = 256
-"""Tokens: padding costs 6 % at most from 2,048 tokens on."""
 LEAST_DOCUMENTS = 8
-LEAST_LONGEST = 512
-WARM_UPS = 2
-"""Passes before a capture: libraries set up their workspaces, kernels are compiled."""
 
 
 @dataclass(frozen=True)
@@ -32,19 +26,13 @@ class Bucket:
 
     tokens: int
     documents: int
-    longest: int
-    plan: tuple[Saving, ...]
+    """Places for documents; those that are not used are empty."""
 
     @classmethod
-    def of(cls, lengths: tuple[int, ...], plan: Callable[[int], list[Saving]]) -> Bucket:
-        """The bucket of a packed row."""
+    def of(cls, lengths: tuple[int, ...]) -> Bucket:
+        """The bucket of a packed row; there is always room for one document of padding."""
         tokens = -(-sum(lengths) // STEP) * STEP
-        return cls(
-            tokens=tokens,
-            documents=max(LEAST_DOCUMENTS, power_of_two(len(lengths) + 1)),
-            longest=max(LEAST_LONGEST, power_of_two(max(lengths)), STEP),
-            plan=tuple(plan(tokens)),
-        )
+        return cls(tokens, max(LEAST_DOCUMENTS, power_of_two(len(lengths) + 1)))
 
 
 class _Graph:
@@ -56,7 +44,9 @@ class _Graph:
         self.gradient = torch.zeros(bucket.tokens, hidden, dtype=dtype, device=device)
         borders = torch.full((bucket.documents + 1,), bucket.tokens, dtype=torch.int32, device=device)
         borders[0] = 0
-        lengths = (bucket.longest,) + (0,) * (bucket.documents - 1)  # only the longest is read
+        # Of the lengths only the longest is read: how many blocks are launched for each document. Blocks beyond a
+        # document's end return at once.
+        lengths = (bucket.tokens,) + (0,) * (bucket.documents - 1)
         angles = torch.zeros(2, bucket.tokens, half_head, dtype=torch.float32, device=device)
         self.row = Row(angles[0], angles[1], Documents(lengths, borders))
         self.forward_graph, self.backward_graph = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
@@ -81,43 +71,76 @@ class Graphs:
         self.decoder = decoder
         self._graphs: dict[Bucket, _Graph] = {}
         self._pool: Any = None
+        self._pooled = 0
+        self._warm = False
+        self.passes = 0
+        """Forward passes so far: a backward pass belongs to the last one."""
 
     def run(self, x: torch.Tensor, row: Row) -> torch.Tensor:
         """Normed hidden states [T, h], differentiable; valid until the next micro-batch."""
-        bucket = Bucket.of(row.documents.lengths, self.decoder.planner.plan)
-        graph = self._graphs.get(bucket) or self._capture(bucket, x, row)
+        bucket = Bucket.of(row.documents.lengths)
+        graph = self._graphs.get(bucket) or self._capture(bucket, x)
+        self.passes += 1
         anchor = torch.zeros((), device=x.device, requires_grad=True)
         return _Replay.apply(anchor, self.decoder, graph, x, row)
 
-    def _capture(self, bucket: Bucket, x: torch.Tensor, row: Row) -> _Graph:
+    def drop(self) -> None:
+        """Give back the graphs and their memory; they are made again when they are needed."""
+        self._graphs.clear()
+        self._pool, self._pooled = None, 0
+
+    def make_room(self, tokens: int) -> None:
+        """Before a pass without graphs: drop them where their memory is needed."""
+        device = self.decoder.norm.weight.device
+        if self._graphs and available(device) - self._pooled < workspace(self.decoder.spec, tokens, 2):
+            self.drop()
+            torch.cuda.empty_cache()
+
+    def _capture(self, bucket: Bucket, x: torch.Tensor) -> _Graph:
         decoder = self.decoder
-        graph = _Graph(bucket, x.shape[1], decoder.spec.heads.size // 2, x.dtype, x.device)
-        graph.load(x, row)
-        kept = decoder.gradients.snapshot()
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream), torch.no_grad():
-            for _ in range(WARM_UPS):
-                hidden, saved = decoder.forward_stack(graph.x, graph.row, bucket.plan)
-                decoder.backward_stack(graph.gradient, hidden, saved, graph.row)
-                del hidden, saved
-        torch.cuda.current_stream().wait_stream(stream)
-        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        plan = decoder.planner.plan(bucket.tokens)
+        if not self._warm:
+            self._warm_up(x)
+        graph = self._new(bucket, x)
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_reserved(x.device)
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
         with torch.no_grad():
             with torch.cuda.graph(graph.forward_graph, pool=self._pool):
-                last, saved = decoder.forward_stack(graph.x, graph.row, bucket.plan)
+                last, saved = decoder.forward_stack(graph.x, graph.row, plan)
                 graph.hidden = decoder.final_norm(last)
             with torch.cuda.graph(graph.backward_graph, pool=self._pool):
                 decoder.backward_stack(graph.gradient, last, saved, graph.row)
-        decoder.gradients.restore(kept)
+        del last, saved
+        self._pooled += torch.cuda.memory_reserved(x.device) - before
         self._graphs[bucket] = graph
         return graph
+
+    def _warm_up(self, x: torch.Tensor) -> None:
+        """Small passes of each kind: kernels are compiled, libraries set up what they need."""
+        decoder, kept = self.decoder, self.decoder.gradients.snapshot()
+        small = self._new(Bucket(STEP, LEAST_DOCUMENTS), x)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream), torch.no_grad():
+            for saving in Saving:
+                last, saved = decoder.forward_stack(small.x, small.row, [saving] * len(decoder.stack))
+                decoder.final_norm(last)
+                decoder.backward_stack(small.gradient, last, saved, small.row)
+        torch.cuda.current_stream().wait_stream(stream)
+        decoder.gradients.restore(kept)
+        self._warm = True
+
+    def _new(self, bucket: Bucket, like: torch.Tensor) -> _Graph:
+        return _Graph(bucket, like.shape[1], self.decoder.spec.heads.size // 2, like.dtype, like.device)
 
 
 class _Replay(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, anchor: torch.Tensor, decoder: Any, graph: _Graph, x: torch.Tensor, row: Row) -> torch.Tensor:
         ctx.decoder, ctx.graph, ctx.tokens = decoder, graph, len(x)
+        ctx.number = decoder.graphs.passes
         graph.load(x, row)
         graph.forward_graph.replay()
         return graph.hidden[: len(x)].clone()
@@ -125,6 +148,9 @@ class _Replay(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[None, None, None, None, None]:
         graph: _Graph = ctx.graph
+        graphs = ctx.decoder.graphs
+        assert graphs is not None
+        assert graphs.passes == ctx.number, "a later forward pass has taken this one's memory"
         ctx.decoder.gradients.prepare()
         graph.gradient[: ctx.tokens].copy_(gradients[0])
         graph.gradient[ctx.tokens :].zero_()

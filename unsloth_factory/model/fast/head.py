@@ -12,17 +12,19 @@ import torch
 
 from unsloth_factory.kernels.cross_entropy import cross_entropy
 
-CHUNK_BYTES = 192 * 2**20
-"""16-bit logits of one chunk: 660 tokens of a vocabulary of 151,936; fewer rows would read the weights more often."""
+CHUNK_BYTES = 256 * 2**20
+"""Logits of one chunk: 880 tokens of a vocabulary of 151,936 in 16 bit; fewer would read the weights more often."""
 HALF_SCALE = 256.0
 """float16 holds numbers down to 6e-8: a gradient of softmax / 256 of that is still seen."""
 
 
 class _HeadLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    def forward(
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, chunk_bytes: int
+    ) -> torch.Tensor:
         scale = HALF_SCALE if hidden.dtype == torch.float16 else 1.0
-        size = max(1, CHUNK_BYTES // (hidden.element_size() * weight.shape[0]))
+        size = max(1, chunk_bytes // (hidden.element_size() * weight.shape[0]))
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         wants = ctx.needs_input_grad[0]
         dhidden = torch.empty_like(hidden) if wants else None
@@ -36,19 +38,22 @@ class _HeadLoss(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         dhidden = ctx.dhidden
         assert dhidden is not None, "a second backward pass: the gradient is gone"
         ctx.dhidden = None
-        return dhidden.mul_(gradients[0] / ctx.scale), None, None
+        return dhidden.mul_(gradients[0] / ctx.scale), None, None, None
 
 
-def cross_entropy_sum(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def cross_entropy_sum(
+    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, chunk_bytes: int = CHUNK_BYTES
+) -> torch.Tensor:
     """Sum of the cross entropy of all rows, float32 scalar, differentiable with respect to `hidden` once.
 
     Args:
         hidden: [n, h] in the computation dtype.
         weight: [V, h], frozen.
         targets: int64 [n].
+        chunk_bytes: Logits that are held at a time.
     """
-    return _HeadLoss.apply(hidden, weight, targets)
+    return _HeadLoss.apply(hidden, weight, targets, chunk_bytes)

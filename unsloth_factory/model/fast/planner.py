@@ -7,8 +7,13 @@ import torch
 from unsloth_factory.model.fast.layer import Saving
 from unsloth_factory.model.fast.spec import DecoderSpec
 
-RESERVE = 300 * 2**20
-"""Bytes left free for fragmentation."""
+RESERVE = 640 * 2**20
+"""Bytes left free: for the logits, for evaluations, and for gaps between tensors."""
+
+STEP = 256
+"""Tokens: micro-batches are planned, and their graphs made, for multiples of it."""
+MOST_TOKENS = 16_384
+"""Of a micro-batch that is put together here: larger ones are no faster."""
 
 
 class Planner:
@@ -18,6 +23,41 @@ class Planner:
         self.spec = spec
         self.device = device
         self.forced: list[Saving] | Saving | None = None
+        self.budget: int | None = None
+        """Bytes for activations and workspace; measured at the first plan, so that equal micro-batches stay equal."""
+
+    @property
+    def recomputes_all(self) -> bool:
+        """Every layer is recomputed, whatever memory there is."""
+        return self.forced is Saving.RECOMPUTE
+
+    def recompute_all(self) -> None:
+        """From now on recompute every layer."""
+        self.forced = Saving.RECOMPUTE
+
+    def tighten(self) -> None:
+        """After memory ran out: plan with a tenth less."""
+        if self.budget is not None:
+            self.budget = self.budget * 9 // 10
+
+    @property
+    def comfortable(self) -> int | None:
+        """The most tokens, a multiple of `STEP`, for which every layer keeps all; None where memory is not planned."""
+        if self.device.type != "cuda":
+            return None
+        tokens = STEP
+        while self._keeps_all(tokens + STEP):
+            tokens += STEP
+        return tokens
+
+    def _keeps_all(self, tokens: int) -> bool:
+        choices = divide(self.spec, tokens, self._budget() - workspace(self.spec, tokens, 2), 2)
+        return tokens <= MOST_TOKENS and all(choice is Saving.KEEP for choice in choices)
+
+    def _budget(self) -> int:
+        if self.budget is None:
+            self.budget = available(self.device) - RESERVE
+        return self.budget
 
     def plan(self, tokens: int) -> list[Saving]:
         """One choice a layer, the first layer first."""
@@ -27,7 +67,7 @@ class Planner:
             return [self.forced] * self.spec.layers
         if self.device.type != "cuda":
             return [Saving.KEEP] * self.spec.layers
-        return divide(self.spec, tokens, available(self.device) - workspace(self.spec, tokens, 2) - RESERVE, 2)
+        return divide(self.spec, tokens, self._budget() - workspace(self.spec, tokens, 2), 2)
 
 
 def divide(spec: DecoderSpec, tokens: int, budget: int, size: int) -> list[Saving]:

@@ -40,6 +40,8 @@ def probe(session: Session) -> None:
     if isinstance(outcome, Shortage):
         raise relief.nothing_for_the_update(session, outcome.message)
     session.state.levers.apply(session.job.loaded)
+    if session.state.merged_tokens is None:
+        session.state.merged_tokens = session.job.loaded.token_budget
     if not meter.probes or session.over:
         return
     devices = [session.job.loaded.device] if session.job.loaded.device.type == "cuda" else []
