@@ -162,6 +162,14 @@ class LoadedModel:
         if self.engine == "fast":
             self.decoder.give_up_memory()
 
+    def allocate_gradients(self) -> None:
+        """Give every trained parameter a gradient of zeros, where the first backward pass would put one."""
+        if self.engine == "fast":
+            self.decoder.gradients.prepare()
+        for parameter in self.trainable_parameters():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+
     @property
     def token_budget(self) -> int | None:
         """Tokens of a micro-batch for which the fast engine recomputes nothing; None: as --batch_size says."""

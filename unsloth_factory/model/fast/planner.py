@@ -7,8 +7,8 @@ import torch
 from unsloth_factory.model.fast.layer import Saving
 from unsloth_factory.model.fast.spec import DecoderSpec
 
-RESERVE = 640 * 2**20
-"""Bytes left free: for the logits, for evaluations, and for gaps between tensors."""
+RESERVE = 900 * 2**20
+"""Bytes left free: 500 MB for logits, hidden states and their gradients outside the layers, the rest for gaps."""
 
 STEP = 256
 """Tokens: micro-batches are planned, and their graphs made, for multiples of it."""
@@ -108,9 +108,14 @@ def saved_numbers(spec: DecoderSpec, saving: Saving) -> int:
 
 
 def workspace(spec: DecoderSpec, tokens: int, size: int) -> int:
-    """Bytes that one layer's backward pass needs at its peak beside what is saved: the MLP's, and one 16-bit weight."""
+    """Bytes that one layer's backward pass needs at its peak beside what is saved.
+
+    That is in the MLP of a recomputed layer: its own activations once more, the gradient of SwiGLU's output and that
+    output, four rows of hidden size, and one 16-bit weight.
+    """
     weight = 2 * spec.intermediate * spec.hidden * size
-    return weight + tokens * size * (2 * spec.intermediate + 2 * spec.intermediate + 4 * spec.hidden)
+    again = saved_numbers(spec, Saving.KEEP) - saved_numbers(spec, Saving.RECOMPUTE)
+    return weight + tokens * size * (again + 2 * spec.intermediate + 4 * spec.hidden)
 
 
 def available(device: torch.device) -> int:

@@ -79,7 +79,7 @@ class RotaryTable:
     def __init__(self, config: Any, device: torch.device) -> None:
         from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-        self._rotary = LlamaRotaryEmbedding(config, device=device)
+        self._rotary = LlamaRotaryEmbedding(config).to(device)
 
     def of(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines and sines, float32 [T, D/2], of positions int64 [T]."""
