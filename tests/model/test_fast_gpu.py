@@ -35,7 +35,7 @@ def wide(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return make
 
 
-def load(folder: Path, engine: str, dtype: torch.dtype, bits: int | None = 4, device: str = "cuda") -> LoadedModel:
+def load(folder: Path, engine: str, dtype: torch.dtype, bits: int | None = 4, device: str = "cuda:0") -> LoadedModel:
     loaded = load_model(
         ModelSettings(model=str(folder), engine=engine), quantization_bit=bits, dtype=dtype, for_training=True,
         tuning=TUNING, device=torch.device(device),
