@@ -25,6 +25,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +80,9 @@ def report(**figures: Any) -> None:
     import torch
 
     gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "none"
-    line = json.dumps(figures | {"gpu": gpu, "torch": torch.__version__})
+    packages = ("torch", "transformers", "peft", "bitsandbytes", "unsloth" if figures["rival"] == "unsloth" else "triton")
+    found = {name: version(name) for name in packages if find_spec(name)}
+    line = json.dumps(figures | {"gpu": gpu, "date": time.strftime("%Y-%m-%d"), "versions": found})
     print(line, flush=True)
     with open(Path(os.environ.get("OUT", ".")) / "engine.jsonl", "a", encoding="utf-8") as file:
         file.write(line + "\n")
@@ -115,7 +119,7 @@ def _watch(given: argparse.Namespace, run: Path, started: float) -> None:
             first = time.time() - started
     speeds = [json.loads(line)["tokens_per_second"] for line in path.read_text().splitlines()]
     report(
-        rival=given.engine, mix=given.mix, cap_gib=given.cap, setting=f"--batch_size {given.batch_size}",
+        model=given.name, rival=given.engine, mix=given.mix, cap_gib=given.cap, setting=f"--batch_size {given.batch_size}",
         tokens_per_second=round(statistics.median(speeds[WARM:])), speeds=[round(speed) for speed in speeds],
         peak_gib=round(torch.cuda.max_memory_reserved() / 2**30, 2), first_step_s=round(first or 0, 1),
     )  # fmt: skip
@@ -126,8 +130,7 @@ def unsloth(given: argparse.Namespace) -> None:
     """Unsloth's model on whole rows."""
     import bitsandbytes
     import torch
-    import unsloth as package  # first of all: it patches what is imported later
-    from unsloth import FastLanguageModel
+    from unsloth import FastLanguageModel  # first of all: it patches what is imported later
 
     cap(given.cap)
     started = time.time()
@@ -142,8 +145,8 @@ def unsloth(given: argparse.Namespace) -> None:
     loaded = time.time() - started
     optimizer = bitsandbytes.optim.AdamW8bit([p for p in model.parameters() if p.requires_grad], lr=1e-4)
     for rows, tokens in ROWS[given.setting]:
-        facts = {"rival": "unsloth", "mix": f"whole rows, {rows} x {tokens}", "cap_gib": given.cap,
-                 "setting": f"its checkpointing: {given.setting}", "versions": package.__version__}  # fmt: skip
+        facts = {"model": given.name, "rival": "unsloth", "mix": f"whole rows, {rows} x {tokens}", "cap_gib": given.cap,
+                 "setting": f"its checkpointing: {given.setting}"}  # fmt: skip
         try:
             speed = _rows_speed(model, optimizer, rows, tokens)
             peak = round(torch.cuda.max_memory_reserved() / 2**30, 2)
@@ -199,7 +202,8 @@ def main() -> None:
     parser.add_argument("runs", type=Path, nargs="?", default=Path("/tmp/engine"))
     parser.add_argument("--engine", default="fast")
     parser.add_argument("--mix", default="mean900", choices=sorted(MIXES))
-    parser.add_argument("--cap", type=float)
+    parser.add_argument("--cap", type=float, help="GiB of the card that the process may use")
+    parser.add_argument("--name", default="qwen3-8b", help="whose shape the model has, for the table")
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--batch_size", type=int, default=4)
     parser.add_argument("--setting", default="checkpointing", choices=sorted(ROWS))
