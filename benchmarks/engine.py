@@ -80,7 +80,7 @@ def report(**figures: Any) -> None:
     import torch
 
     gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "none"
-    packages = ("torch", "transformers", "peft", "bitsandbytes", "unsloth" if figures["rival"] == "unsloth" else "triton")
+    packages = ("torch", "triton", "transformers", "peft", "bitsandbytes", "unsloth")
     found = {name: version(name) for name in packages if find_spec(name)}
     line = json.dumps(figures | {"gpu": gpu, "date": time.strftime("%Y-%m-%d"), "versions": found})
     print(line, flush=True)
@@ -119,7 +119,8 @@ def _watch(given: argparse.Namespace, run: Path, started: float) -> None:
             first = time.time() - started
     speeds = [json.loads(line)["tokens_per_second"] for line in path.read_text().splitlines()]
     report(
-        model=given.name, rival=given.engine, mix=given.mix, cap_gib=given.cap, setting=f"--batch_size {given.batch_size}",
+        model=given.name, rival=given.engine, mix=given.mix, cap_gib=given.cap,
+        setting=f"--batch_size {given.batch_size}",
         tokens_per_second=round(statistics.median(speeds[WARM:])), speeds=[round(speed) for speed in speeds],
         peak_gib=round(torch.cuda.max_memory_reserved() / 2**30, 2), first_step_s=round(first or 0, 1),
     )  # fmt: skip

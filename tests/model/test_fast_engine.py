@@ -9,8 +9,13 @@ import pytest
 import torch
 
 from unsloth_factory.config.settings import TuningSettings
-from unsloth_factory.model.fast.layer import Saving
+from unsloth_factory.kernels.attention import Documents
+from unsloth_factory.kernels.rotary import Heads
+from unsloth_factory.model.fast.arena import Arena
+from unsloth_factory.model.fast.layer import Row, Saving
 from unsloth_factory.model.fast.load import FolderWeights, load_fast
+from unsloth_factory.model.fast.planner import divide, saved_numbers
+from unsloth_factory.model.fast.spec import DecoderSpec
 from unsloth_factory.model.lora import attach_lora
 from unsloth_factory.model.standard import load_base
 
@@ -75,6 +80,53 @@ def test_gradients_are_bit_equal_whatever_is_kept(random_model_dir, saving):
     again = run(fast, packed_inputs())
     assert torch.equal(kept[0], again[0])
     assert all(torch.equal(kept[1][name], again[1][name]) for name in kept[1])
+
+
+@pytest.mark.parametrize(
+    "plan", [[Saving.KEEP] * 2, [Saving.RECOMPUTE, Saving.KEEP], [Saving.DROP_GATE_UP] * 2, [Saving.RECOMPUTE] * 2]
+)
+def test_what_is_kept_lies_in_the_arena(random_model_dir, plan):
+    """The same bits as without it, in the room that the planner counts."""
+    _, fast = both(random_model_dir)
+    decoder = fast.get_base_model().model
+    inputs = packed_inputs()
+    decoder.planner.forced = plan
+    plain = run(fast, inputs)
+    row = Row(
+        *decoder.table.of(inputs["position_ids"][0]),
+        Documents.of([7, 1, 12], CPU),
+        Arena(4 * (20 * planned(decoder, plan) + 64 * 20), torch.float32, CPU),
+    )
+    hidden_weights = torch.randn(1, 20, 64, generator=torch.Generator().manual_seed(2))[0]
+    for _ in range(2):  # the second micro-batch takes the room of the first
+        fast.zero_grad()
+        with torch.no_grad():
+            last, saved = decoder.forward_stack(decoder.embed_tokens(inputs["input_ids"][0]), row, plan)
+            hidden = decoder.final_norm(last)
+            decoder.gradients.prepare()
+            decoder.backward_stack(hidden_weights, last, saved, row)
+        assert row.arena.outside == 0
+        assert torch.equal(hidden, plain[0][0])
+        assert all(torch.equal(p.grad, plain[1][name]) for name, p in fast.named_parameters() if p.requires_grad)
+
+
+def planned(decoder: Any, plan: list[Saving]) -> int:
+    """Numbers a token that the planner expects in the arena; log-sum-exps and copies of t lie elsewhere."""
+    return sum(saved_numbers(decoder.spec, saving, decoder.planner.extra) for saving in plan)
+
+
+def test_the_planner_spends_what_there_is():
+    spec = DecoderSpec("qwen3", 36, 4096, 12288, Heads(32, 8, 128), 151936, 1e-6, True, (False, False), False)
+    gib = 2**30
+    kept = [divide(spec, 2048, budget * gib, 2, 192).count(Saving.KEEP) for budget in (1, 2, 4, 6, 8)]
+    assert kept == sorted(kept)
+    assert kept[0] == 1
+    assert kept[-1] == 36
+    for budget in (2, 3, 4, 5, 6):
+        plan = divide(spec, 2048, budget * gib, 2, 192)
+        spent = sum(saved_numbers(spec, saving, 192) for saving in plan) * 2048 * 2
+        assert 0.9 * budget * gib <= spent <= budget * gib
+        assert plan[-1] is Saving.KEEP
 
 
 def test_nf4(random_model_dir):

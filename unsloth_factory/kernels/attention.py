@@ -43,7 +43,7 @@ class Attended:
     """What the forward pass leaves for the backward one."""
 
     out: torch.Tensor
-    """[T, Hq, D]"""
+    """[T, Hq, D]; its rows may be parts of longer ones"""
     lse: torch.Tensor
     """float32: log of each query's sum of exponentials; its shape is the kernel's own."""
     seeds: tuple[Any, ...] = ()
@@ -86,8 +86,8 @@ def _flash_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     borders, longest = documents.borders, documents.longest
     return torch.ops.aten._flash_attention_backward(
-        dout, q, k, v, attended.out, attended.lse, borders, borders, longest, longest, 0.0, True, *attended.seeds,
-        scale=_scale(q),
+        dout, q, k, v, attended.out.contiguous(), attended.lse, borders, borders, longest, longest, 0.0, True,
+        *attended.seeds, scale=_scale(q),
     )  # fmt: skip
 
 
@@ -112,8 +112,8 @@ def _efficient_backward(
     keys, values = (_repeat(x, groups)[None] for x in (k, v))
     borders, longest = documents.borders, documents.longest
     dq, dk, dv, _ = torch.ops.aten._efficient_attention_backward(
-        dout[None], q[None], keys, values, None, attended.out[None], borders, borders, longest, longest, attended.lse,
-        0.0, *attended.seeds, CAUSAL, False, scale=_scale(q),
+        dout[None], q[None], keys, values, None, attended.out.contiguous()[None], borders, borders, longest, longest,
+        attended.lse, 0.0, *attended.seeds, CAUSAL, False, scale=_scale(q),
     )  # fmt: skip
     return dq[0], _sum_groups(dk[0], groups), _sum_groups(dv[0], groups)
 

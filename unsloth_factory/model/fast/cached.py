@@ -62,7 +62,7 @@ def _layer(
 ) -> torch.Tensor:
     heads = layer.spec.heads
     cache, index, batch = place
-    qkv, _ = layer.qkv.forward(layer.normed(x, layer.norms.attention, layer.qkv), lora=lora)
+    qkv = layer.qkv.forward(layer.normed(x, layer.norms.attention, layer.qkv), lora=lora)
     q, k = rotary.rotary(qkv, *angles, heads, layer.norms.head)
     v = rotary.split(qkv, heads)[2]
     q, k, v = (part.reshape(batch, -1, *part.shape[1:]).transpose(1, 2) for part in (q, k, v))

@@ -61,6 +61,7 @@ class FastDecoder(nn.Module):
                 modules = {part.name: names.get_submodule(part.name) for part in fused.parts}
                 shadows += fused.attach({name: _pair(m) for name, m in modules.items() if hasattr(m, "lora_A")})
         self._shadows = Shadows(shadows)
+        self.planner.extra = 2 * sum(fused.rank for fused in self.stack[0].projections.values())
         projections = [fused for layer in self.stack for fused in layer.projections.values()]
         self.gradients = Gradients(projections, self._device)
         if self._device.type == "cuda" and self._lora_layers:
@@ -139,12 +140,14 @@ class FastDecoder(nn.Module):
                 x, _ = layer.forward(x, row, saving=None, lora=self.lora)
             return self.final_norm(x)
 
-    def final_norm(self, x: torch.Tensor) -> torch.Tensor:
-        """The norm behind the last layer, [T, h]."""
-        return rms_norm.rms_norm(x, self.norm.weight, self.spec.eps)
+    def final_norm(self, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """The norm behind the last layer, [T, h], written into `out` where it is given."""
+        return rms_norm.rms_norm(x, self.norm.weight, self.spec.eps, out)
 
     def forward_stack(self, x: torch.Tensor, row: Row, plan: Sequence[Saving]) -> tuple[torch.Tensor, list[Saved]]:
         """(output [T, h] of the last layer, what each layer keeps)."""
+        if row.arena is not None:
+            row.arena.rewind()
         kept = []
         for layer, saving in zip(self.stack, plan, strict=True):
             x, saved = layer.forward(x, row, saving=saving)

@@ -14,6 +14,7 @@ import torch
 
 from unsloth_factory.kernels.attention import Documents
 from unsloth_factory.kernels.launch import power_of_two
+from unsloth_factory.model.fast.arena import Arena
 from unsloth_factory.model.fast.layer import Row, Saving
 from unsloth_factory.model.fast.planner import STEP, available, workspace
 
@@ -35,22 +36,33 @@ class Bucket:
         return cls(tokens, max(LEAST_DOCUMENTS, power_of_two(len(lengths) + 1)))
 
 
-class _Graph:
-    """One captured bucket: fixed places for what goes in and comes out."""
+class _Places:
+    """What goes in and comes out, at addresses that all graphs share; and the arena between the two passes."""
 
-    def __init__(self, bucket: Bucket, hidden: int, half_head: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, decoder: Any, tokens: int, dtype: torch.dtype, device: torch.device) -> None:
+        hidden = decoder.spec.hidden
+        self.tokens = tokens
+        self.x, self.gradient, self.hidden = torch.zeros(3, tokens, hidden, dtype=dtype, device=device)
+        self.angles = torch.zeros(2, tokens, decoder.spec.heads.size // 2, dtype=torch.float32, device=device)
+        self.arena = Arena(decoder.planner.room(tokens), dtype, device)
+
+
+class _Graph:
+    """One captured bucket."""
+
+    def __init__(self, bucket: Bucket, places: _Places) -> None:
         self.bucket = bucket
-        self.x = torch.zeros(bucket.tokens, hidden, dtype=dtype, device=device)
-        self.gradient = torch.zeros(bucket.tokens, hidden, dtype=dtype, device=device)
-        borders = torch.full((bucket.documents + 1,), bucket.tokens, dtype=torch.int32, device=device)
+        self.x, self.gradient, self.hidden = (
+            place[: bucket.tokens] for place in (places.x, places.gradient, places.hidden)
+        )
+        borders = torch.full((bucket.documents + 1,), bucket.tokens, dtype=torch.int32, device=self.x.device)
         borders[0] = 0
         # Of the lengths only the longest is read: how many blocks are launched for each document. Blocks beyond a
         # document's end return at once.
         lengths = (bucket.tokens,) + (0,) * (bucket.documents - 1)
-        angles = torch.zeros(2, bucket.tokens, half_head, dtype=torch.float32, device=device)
-        self.row = Row(angles[0], angles[1], Documents(lengths, borders))
+        cos, sin = places.angles[:, : bucket.tokens]
+        self.row = Row(cos, sin, Documents(lengths, borders), places.arena)
         self.forward_graph, self.backward_graph = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        self.hidden = torch.empty(0)
 
     def load(self, x: torch.Tensor, row: Row) -> None:
         """Put a micro-batch into the fixed places."""
@@ -70,6 +82,7 @@ class Graphs:
     def __init__(self, decoder: Any) -> None:
         self.decoder = decoder
         self._graphs: dict[Bucket, _Graph] = {}
+        self._places: _Places | None = None
         self._pool: Any = None
         self._pooled = 0
         self._warm = False
@@ -87,7 +100,8 @@ class Graphs:
     def drop(self) -> None:
         """Give back the graphs and their memory; they are made again when they are needed."""
         self._graphs.clear()
-        self._pool, self._pooled = None, 0
+        self._places, self._pool, self._pooled = None, None, 0
+        self.decoder.planner.arena = None
 
     def make_room(self, tokens: int) -> None:
         """Before a pass without graphs: drop them where their memory is needed."""
@@ -98,10 +112,15 @@ class Graphs:
 
     def _capture(self, bucket: Bucket, x: torch.Tensor) -> _Graph:
         decoder = self.decoder
-        plan = decoder.planner.plan(bucket.tokens)
         if not self._warm:
             self._warm_up(x)
-        graph = self._new(bucket, x)
+        if self._places is None or self._places.tokens < bucket.tokens:
+            self.drop()
+            torch.cuda.empty_cache()
+            decoder.planner.arena = decoder.planner.room(bucket.tokens)
+            self._places = _Places(decoder, bucket.tokens, x.dtype, x.device)
+        plan = decoder.planner.plan(bucket.tokens)
+        graph = _Graph(bucket, self._places)
         torch.cuda.empty_cache()
         before = torch.cuda.memory_reserved(x.device)
         if self._pool is None:
@@ -109,7 +128,7 @@ class Graphs:
         with torch.no_grad():
             with torch.cuda.graph(graph.forward_graph, pool=self._pool):
                 last, saved = decoder.forward_stack(graph.x, graph.row, plan)
-                graph.hidden = decoder.final_norm(last)
+                decoder.final_norm(last, out=graph.hidden)
             with torch.cuda.graph(graph.backward_graph, pool=self._pool):
                 decoder.backward_stack(graph.gradient, last, saved, graph.row)
         del last, saved
@@ -120,20 +139,19 @@ class Graphs:
     def _warm_up(self, x: torch.Tensor) -> None:
         """Small passes of each kind: kernels are compiled, libraries set up what they need."""
         decoder, kept = self.decoder, self.decoder.gradients.snapshot()
-        small = self._new(Bucket(STEP, LEAST_DOCUMENTS), x)
+        rows = torch.zeros(STEP, x.shape[1], dtype=x.dtype, device=x.device)
+        angles = torch.zeros(STEP, decoder.spec.heads.size // 2, dtype=torch.float32, device=x.device)
+        row = Row(angles, angles, Documents.of([STEP], x.device))
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream), torch.no_grad():
             for saving in Saving:
-                last, saved = decoder.forward_stack(small.x, small.row, [saving] * len(decoder.stack))
+                last, saved = decoder.forward_stack(rows, row, [saving] * len(decoder.stack))
                 decoder.final_norm(last)
-                decoder.backward_stack(small.gradient, last, saved, small.row)
+                decoder.backward_stack(rows, last, saved, row)
         torch.cuda.current_stream().wait_stream(stream)
         decoder.gradients.restore(kept)
         self._warm = True
-
-    def _new(self, bucket: Bucket, like: torch.Tensor) -> _Graph:
-        return _Graph(bucket, like.shape[1], self.decoder.spec.heads.size // 2, like.dtype, like.device)
 
 
 class _Replay(torch.autograd.Function):

@@ -15,6 +15,7 @@ import torch
 
 from unsloth_factory.kernels import attention, rms_norm, rotary, swiglu
 from unsloth_factory.kernels.attention import Attended, Documents
+from unsloth_factory.model.fast.arena import Arena
 from unsloth_factory.model.fast.linear import FusedLinear
 from unsloth_factory.model.fast.spec import DecoderSpec
 
@@ -38,6 +39,8 @@ class Row:
     """float32 [T, D/2]"""
     sin: torch.Tensor
     documents: Documents
+    arena: Arena | None = None
+    """Where what is kept lies; None: in memory of its own."""
 
 
 @dataclass
@@ -84,16 +87,22 @@ class Layer:
         self, x: torch.Tensor, row: Row, *, saving: Saving | None, lora: bool = True
     ) -> tuple[torch.Tensor, Saved | None]:
         """(y [T, h], what the backward pass needs); saving None keeps nothing."""
-        saved = Saved(x, t={}) if saving is not None else None
-        middle = self._attention(x, row, saved, lora)
-        gate_up, t = self.gate_up.forward(
-            self.normed(middle, self.norms.mlp, self.gate_up), lora=lora, out=self._gate_up_room(len(x))
-        )
-        y, t_down = self.down.forward(self._activated(gate_up), lora=lora, residual=middle)
-        if saved is None or saving is Saving.RECOMPUTE:
-            return y, Saved(x, t={"down": t_down}) if saved is not None else None
+        arena = row.arena if saving is not None else None
+        saved = Saved(x, t={}) if saving in (Saving.KEEP, Saving.DROP_GATE_UP) else None
+        middle = self._attention(x, row, saved, lora, arena if saved is not None else None)
+        normed = self.normed(middle, self.norms.mlp, self.gate_up)
+        room = self.gate_up.output(len(x), arena if saving is Saving.KEEP else None)
+        gate_up = self.gate_up.forward(normed, lora=lora, out=self.gate_up.y_of(room))
+        t = _copy(self.gate_up.t_of(normed)) if saving is not None else None
+        del normed
+        activated = self._activated(gate_up)
+        out = arena.take(*x.shape) if arena is not None else None
+        y = self.down.forward(activated, lora=lora, residual=middle, out=out)
+        if saving is None:
+            return y, None
+        saved = saved or Saved(x, t={})
         assert saved.t is not None
-        saved.t |= {"gate_up": t, "down": t_down}
+        saved.t |= {"gate_up": t, "down": _copy(self.down.t_of(activated))}
         if saving is Saving.KEEP:
             saved.gate_up = gate_up
         return y, saved
@@ -108,33 +117,36 @@ class Layer:
         """Output [T, h] from the layer's input and its attention's output [T, Hq D]; nothing is kept."""
         wide = self.out.input(len(x))
         self.out.x_of(wide).copy_(attended)
-        middle, _ = self.out.forward(wide, lora=lora, residual=x)
-        gate_up, _ = self.gate_up.forward(self.normed(middle, self.norms.mlp, self.gate_up), lora=lora)
-        return self.down.forward(self._activated(gate_up), lora=lora, residual=middle)[0]
+        middle = self.out.forward(wide, lora=lora, residual=x)
+        gate_up = self.gate_up.forward(self.normed(middle, self.norms.mlp, self.gate_up), lora=lora)
+        return self.down.forward(self._activated(gate_up), lora=lora, residual=middle)
 
     def _activated(self, gate_up: torch.Tensor) -> torch.Tensor:
         wide = self.down.input(len(gate_up))
         swiglu.swiglu(gate_up, self.down.x_of(wide))
         return wide
 
-    def _gate_up_room(self, tokens: int) -> torch.Tensor:
-        return self.gate_up.y_of(self.gate_up.output(tokens))
-
-    def _attention(self, x: torch.Tensor, row: Row, saved: Saved | None, lora: bool) -> torch.Tensor:
-        """[T, h] after attention and its residual; fills `saved`."""
+    def _attention(
+        self, x: torch.Tensor, row: Row, saved: Saved | None, lora: bool, arena: Arena | None
+    ) -> torch.Tensor:
+        """[T, h] after attention and its residual; fills `saved`, from the arena if there is one."""
         heads = self.spec.heads
-        room = self.qkv.y_of(self.qkv.output(len(x)))
-        qkv, t = self.qkv.forward(self.normed(x, self.norms.attention, self.qkv), lora=lora, out=room)
+        normed = self.normed(x, self.norms.attention, self.qkv)
+        qkv = self.qkv.forward(normed, lora=lora, out=self.qkv.y_of(self.qkv.output(len(x), arena)))
         q, k = rotary.rotary(qkv, row.cos, row.sin, heads, self.norms.head)
         attended = attention.attention(q, k, rotary.split(qkv, heads)[2], row.documents)
         del q, k
-        wide = self.out.input(len(x))
+        wide = self.out.input(len(x), arena)
         self.out.x_of(wide).copy_(attended.out.flatten(1))
-        middle, t_out = self.out.forward(wide, lora=lora, residual=x)
+        out = arena.take(*x.shape) if arena is not None else None
+        middle = self.out.forward(wide, lora=lora, residual=x, out=out)
         if saved is not None:
             assert saved.t is not None
-            saved.qkv, saved.attended, saved.middle = qkv, attended, middle
-            saved.t |= {"qkv": t, "out": t_out}
+            # the projection's input is kept in the place of the kernel's output
+            output = self.out.x_of(wide).unflatten(1, (heads.queries, heads.size))
+            saved.attended = Attended(output, attended.lse, attended.seeds)
+            saved.qkv, saved.middle = qkv, middle
+            saved.t |= {"qkv": _copy(self.qkv.t_of(normed)), "out": self.out.t_of(wide)}
         return middle
 
     def backward(self, dy: torch.Tensor, saved: Saved, row: Row, below: FusedLinear | None) -> torch.Tensor:
@@ -147,7 +159,7 @@ class Layer:
             below: The projection whose output the layer's input is: the gradient comes in its `output`. None: [T, h].
         """
         if saved.qkv is None:
-            self._attention(saved.x, row, saved, lora=True)
+            self._attention(saved.x, row, saved, lora=True, arena=None)
         dmiddle = self._mlp_backward(dy, saved)
         return self._attention_backward(dmiddle, saved, row, below)
 
@@ -158,7 +170,8 @@ class Layer:
         normed = self.normed(saved.middle, self.norms.mlp, self.gate_up)
         gate_up = saved.gate_up
         if gate_up is None:
-            gate_up, saved.t["gate_up"] = self.gate_up.forward(normed, out=self._gate_up_room(len(normed)))
+            gate_up = self.gate_up.forward(normed, out=self.gate_up.y_of(self.gate_up.output(len(normed))))
+            saved.t["gate_up"] = self.gate_up.t_of(normed)
         saved.gate_up = None
         dh = self.down.input_gradient(dy)
         h = swiglu.swiglu_backward(dh, gate_up)
@@ -204,6 +217,11 @@ class Layer:
             residual=self.out.y_of(dmiddle), out=dx if below is None else below.y_of(dx),
         )  # fmt: skip
         return dx
+
+
+def _copy(t: torch.Tensor | None) -> torch.Tensor | None:
+    """A small tensor of its own, so that the input that it lies in can go."""
+    return None if t is None else t.clone()
 
 
 def _room(y: torch.Tensor, maker: FusedLinear) -> torch.Tensor:

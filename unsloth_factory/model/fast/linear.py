@@ -22,6 +22,7 @@ from torch import nn
 
 from unsloth_factory.kernels import nf4
 from unsloth_factory.kernels.shadows import Shadow
+from unsloth_factory.model.fast.arena import Arena
 
 ALIGNED = 8
 """Numbers: 16 bytes of 16-bit ones, what the matrix units read at once."""
@@ -107,17 +108,26 @@ class FusedLinear:
             views.append((pair.b, self._b_gradients[part.name]))
         return views
 
-    def input(self, tokens: int) -> torch.Tensor:
-        """Room [T, K + R] for an input; write x into its first K columns (`x_of`)."""
-        return torch.empty(tokens, self.inputs + self.rank, dtype=self.dtype, device=self.device)
+    def input(self, tokens: int, arena: Arena | None = None) -> torch.Tensor:
+        """Room [T, K + R] for an input, in the arena if there is one; write x into its first K columns (`x_of`)."""
+        return self._room(tokens, self.inputs + self.rank, arena)
 
     def x_of(self, wide: torch.Tensor) -> torch.Tensor:
         """The x [T, K] of such a room."""
         return wide[:, : self.inputs]
 
-    def output(self, tokens: int) -> torch.Tensor:
-        """Room [T, N + R] for an output's gradient; write dy into its first N columns (`y_of`)."""
-        return torch.empty(tokens, self.outputs + self.rank, dtype=self.dtype, device=self.device)
+    def t_of(self, wide: torch.Tensor) -> torch.Tensor | None:
+        """The t = x A^T [T, R] that `forward` has left in an input; None without an adapter."""
+        return wide[:, self.inputs :] if self.rank else None
+
+    def output(self, tokens: int, arena: Arena | None = None) -> torch.Tensor:
+        """Room [T, N + R] for an output or its gradient; write it into the first N columns (`y_of`)."""
+        return self._room(tokens, self.outputs + self.rank, arena)
+
+    def _room(self, tokens: int, columns: int, arena: Arena | None) -> torch.Tensor:
+        if arena is not None:
+            return arena.take(tokens, columns)
+        return torch.empty(tokens, columns, dtype=self.dtype, device=self.device)
 
     def y_of(self, wide: torch.Tensor) -> torch.Tensor:
         """The y or dy [T, N] of such a room."""
@@ -130,8 +140,8 @@ class FusedLinear:
         lora: bool = True,
         residual: torch.Tensor | None = None,
         out: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(y [T, N], t [T, R] or None).
+    ) -> torch.Tensor:
+        """Y [T, N]; with an adapter t is left in `wide` (`t_of`).
 
         Args:
             wide: `input`, its x filled in; its other columns are written.
@@ -141,15 +151,15 @@ class FusedLinear:
         """
         added = residual if residual is not None else self.bias
         if not (lora and self.rank):
-            return _product(self.x_of(wide), self._matrix().t(), added, out), None
+            return _product(self.x_of(wide), self._matrix().t(), added, out)
         t = wide[:, self.inputs :]
         torch.mm(self.x_of(wide), self._a.t(), out=t)
         if isinstance(self.weight, nf4.Packed):
             matrix = self._wide_matrix(self.outputs, self.inputs + self.rank)
             matrix[:, self.inputs :].copy_(self._b)
-            return _product(wide, matrix.t(), added, out), t.clone()
+            return _product(wide, matrix.t(), added, out)
         y = _product(self.x_of(wide), self.weight.t(), added, out)
-        return y.addmm_(t, self._b.t()), t.clone()
+        return y.addmm_(t, self._b.t())
 
     def input_gradient(self, wide: torch.Tensor) -> torch.Tensor:
         """Gradient at x [T, K] from `output`, its dy filled in; dt is written behind dy for `add_gradients`."""

@@ -25,6 +25,10 @@ class Planner:
         self.forced: list[Saving] | Saving | None = None
         self.budget: int | None = None
         """Bytes for activations and workspace; measured at the first plan, so that equal micro-batches stay equal."""
+        self.extra = 0
+        """Numbers a token and layer that LoRA adds to what is kept."""
+        self.arena: int | None = None
+        """Bytes for activations, once their place has been allocated."""
 
     @property
     def recomputes_all(self) -> bool:
@@ -51,13 +55,17 @@ class Planner:
         return tokens
 
     def _keeps_all(self, tokens: int) -> bool:
-        choices = divide(self.spec, tokens, self._budget() - workspace(self.spec, tokens, 2), 2)
+        choices = divide(self.spec, tokens, self.room(tokens), 2, self.extra)
         return tokens <= MOST_TOKENS and all(choice is Saving.KEEP for choice in choices)
 
-    def _budget(self) -> int:
+    def room(self, tokens: int) -> int:
+        """Bytes for the activations of a micro-batch."""
+        if self.arena is not None:
+            return self.arena
         if self.budget is None:
             self.budget = available(self.device) - RESERVE
-        return self.budget
+        least = self.spec.layers * saved_numbers(self.spec, Saving.RECOMPUTE) * tokens * 2
+        return max(self.budget - workspace(self.spec, tokens, 2), least)
 
     def plan(self, tokens: int) -> list[Saving]:
         """One choice a layer, the first layer first."""
@@ -67,10 +75,10 @@ class Planner:
             return [self.forced] * self.spec.layers
         if self.device.type != "cuda":
             return [Saving.KEEP] * self.spec.layers
-        return divide(self.spec, tokens, self._budget() - workspace(self.spec, tokens, 2), 2)
+        return divide(self.spec, tokens, self.room(tokens), 2, self.extra)
 
 
-def divide(spec: DecoderSpec, tokens: int, budget: int, size: int) -> list[Saving]:
+def divide(spec: DecoderSpec, tokens: int, budget: int, size: int, extra: int = 0) -> list[Saving]:
     """Spend `budget` bytes on the layers: first all drop the gate-up product, then as many as fit keep it.
 
     Args:
@@ -78,11 +86,12 @@ def divide(spec: DecoderSpec, tokens: int, budget: int, size: int) -> list[Savin
         tokens: Of the micro-batch.
         budget: Bytes for saved activations.
         size: Bytes of a number.
+        extra: Numbers a token of LoRA in each layer.
 
     Returns:
         One choice a layer. The last layer always keeps all: its activations are used up before any other layer's.
     """
-    costs = {saving: saved_numbers(spec, saving) * tokens * size for saving in Saving}
+    costs = {saving: saved_numbers(spec, saving, extra) * tokens * size for saving in Saving}
     choices = [Saving.RECOMPUTE] * (spec.layers - 1) + [Saving.KEEP]
     left = budget - costs[Saving.RECOMPUTE] * (spec.layers - 1) - costs[Saving.KEEP]
     # A byte of attention-side activations saves less recomputation than one of gate-up (per Qwen3-8B layer and token:
@@ -96,13 +105,13 @@ def divide(spec: DecoderSpec, tokens: int, budget: int, size: int) -> list[Savin
     return choices
 
 
-def saved_numbers(spec: DecoderSpec, saving: Saving) -> int:
-    """Numbers a token that a layer keeps, without the few of LoRA."""
+def saved_numbers(spec: DecoderSpec, saving: Saving, extra: int = 0) -> int:
+    """Numbers a token that a layer keeps; `extra` are those of LoRA where the layer keeps any of its insides."""
     attention = spec.heads.width + spec.heads.queries * spec.heads.size + spec.hidden + 2 * spec.heads.queries
     numbers = {
         Saving.RECOMPUTE: spec.hidden,
-        Saving.DROP_GATE_UP: spec.hidden + attention,
-        Saving.KEEP: spec.hidden + attention + 2 * spec.intermediate,
+        Saving.DROP_GATE_UP: spec.hidden + attention + extra,
+        Saving.KEEP: spec.hidden + attention + extra + 2 * spec.intermediate,
     }
     return numbers[saving]
 
