@@ -77,7 +77,7 @@ def test_generation_defaults(load):
     ]
 
 
-@pytest.mark.parametrize("engine", ["fast", "unsloth"])
+@pytest.mark.parametrize("engine", ["unsloth"])
 def test_engine_that_is_not_here_is_an_error(engine):
     with pytest.raises(UsageError, match=rf"--engine {engine}: not in this version.*--engine standard"):
         load_model(ModelSettings(model="tiny", engine=engine))

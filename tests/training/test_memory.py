@@ -29,7 +29,7 @@ from unsloth_factory.training import step, update
 from unsloth_factory.training.checkpoints.store import claim
 from unsloth_factory.training.loop import train
 from unsloth_factory.training.memory import meter, offload, relief
-from unsloth_factory.training.memory.cuts import cut, memory_tokens, row_lengths
+from unsloth_factory.training.memory.cuts import cut, memory_tokens, merged, row_lengths
 from unsloth_factory.training.memory.levers import Levers
 from unsloth_factory.training.memory.meter import GIB, HostMeter, Reading, cgroup_rooms
 from unsloth_factory.training.memory.probe import longest_micro_batch, probe
@@ -185,6 +185,23 @@ def test_pieces_keep_order_and_limit() -> None:
     assert cut("abcdef", of, limit=200, packing=False) == [["a"], ["b", "c"], ["d"], ["e"], ["f"]]
     assert cut("ab", {"a": (3, 5), "b": (4, 2)}.__getitem__, limit=14, packing=True) == ["ab"]
     assert cut("ab", {"a": (3, 5), "b": (4, 2)}.__getitem__, limit=19, packing=False) == [["a"], ["b"]]
+
+
+def test_samples_of_a_step_put_together() -> None:
+    rows = samples(40, seed=3)
+    budget = 60
+    groups = merged(rows, row_lengths, budget)
+    assert sorted(id(row) for group in groups for row in group) == sorted(id(row) for row in rows)
+    order = {id(row): number for number, row in enumerate(rows)}
+    for group in groups:
+        places = [order[id(row)] for row in group]
+        assert places == sorted(places)
+        assert len(group) == 1 or sum(sum(row_lengths(row)) for row in group) <= budget
+    firsts = [order[id(group[0])] for group in groups]
+    assert firsts == sorted(firsts)
+    tokens = sum(sum(row_lengths(row)) for row in rows)
+    assert len(groups) <= 1.25 * tokens / budget + 1
+    assert merged(rows, row_lengths, 1) == [[row] for row in rows]
 
 
 def test_half_of_the_tokens_always_cuts() -> None:

@@ -25,11 +25,17 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 TUNING = TuningSettings(lora_r=2048, quantization_bit=4)
 
 
-def run(folder: Path, model: Path, dtype: torch.dtype, resume: str | None = None, **changes: Any) -> TrainResult:
+def run(
+    folder: Path, model: Path, dtype: torch.dtype, resume: str | None = None, engine: str = "standard", **changes: Any
+) -> TrainResult:
     loaded = load_model(
-        ModelSettings(model=str(model)), quantization_bit=4, dtype=dtype, for_training=True, tuning=TUNING
+        ModelSettings(model=str(model), engine=engine),
+        quantization_bit=4,
+        dtype=dtype,
+        for_training=True,
+        tuning=TUNING,
     )
-    settings = RunSettings(save_steps=3, save_total_limit=9, resume=resume)
+    settings = RunSettings(**{"save_steps": 3, "save_total_limit": 9, "resume": resume} | changes.pop("run", {}))
     with claim(RunFolder(folder), settings) as store:
         return train(make_job(folder, loaded, store, tuning=TUNING, **changes))
 
@@ -53,6 +59,21 @@ def test_resume_on_a_gpu(random_model_dir: Path, tmp_path: Path, dtype: torch.dt
     assert result.resumed_from == 3
     assert curve(tmp_path / "a") == pytest.approx(losses, rel=1e-3)
     assert adapter(tmp_path / "a") == before
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_fast_engines_curve(random_model_dir: Path, tmp_path: Path, dtype: torch.dtype) -> None:
+    for engine in ("standard", "fast"):
+        run(tmp_path / engine, random_model_dir, dtype, engine=engine, run={"eval_steps": 2})
+    assert curve(tmp_path / "fast") == pytest.approx(curve(tmp_path / "standard"), rel=5e-3)
+
+
+def test_the_fast_engine_resumes(random_model_dir: Path, tmp_path: Path) -> None:
+    run(tmp_path / "a", random_model_dir, torch.bfloat16, engine="fast")
+    losses = curve(tmp_path / "a")
+    result = run(tmp_path / "a", random_model_dir, torch.bfloat16, resume="checkpoint-3", engine="fast")
+    assert result.resumed_from == 3
+    assert curve(tmp_path / "a") == pytest.approx(losses, rel=1e-3)
 
 
 def test_padded_is_packed(random_model_dir: Path, tmp_path: Path) -> None:

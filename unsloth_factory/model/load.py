@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +34,16 @@ def choose_engine(requested: str) -> tuple[str, str]:
     if requested == "standard":
         return "standard", "asked for"
     if requested == "auto":
-        return "standard", "the only one of this version (transformers, peft, bitsandbytes)"
+        return "standard", "transformers, peft and bitsandbytes; --engine fast is quicker and still on trial"
+    if requested == "fast":
+        return "fast", "asked for"
     state = ""
     if requested == "unsloth":
         installed = importlib.util.find_spec("unsloth") is not None
         state = (
             " (the library is installed, but cannot be driven yet)" if installed else " (nor is the library installed)"
         )
-    raise UsageError(f"--engine {requested}: not in this version{state}. Use --engine standard, or auto.")
+    raise UsageError(f"--engine {requested}: not in this version{state}. Use --engine standard, fast or auto.")
 
 
 def load_model(
@@ -92,7 +96,8 @@ def load_model(
     # Full training wants the stored values in float32, not what a 16-bit dtype leaves of them.
     stored = torch.float32 if tunes_base and tuning.finetuning_type == "full" else dtype
     with quiet_libraries():
-        model = _load_within_memory(folder, quantization_bit, device, stored)
+        read = partial(_read_fast, tuning=tuning if for_training else None) if engine == "fast" else load_base
+        model = _load_within_memory(read, folder, quantization_bit, device, stored)
         loaded = LoadedModel(
             model=model,
             tokenizer=load_tokenizer(folder),
@@ -143,9 +148,42 @@ def _require_bitsandbytes() -> None:
         )
 
 
-def _load_within_memory(folder: Path, quantization_bit: int | None, device: torch.device, dtype: torch.dtype) -> Any:
+def _read_fast(
+    folder: Path,
+    *,
+    quantization_bit: int | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    tuning: TuningSettings | None,
+) -> Any:
+    """The fast engine's model.
+
+    Raises:
+        UsageError: It cannot run this model, or not train it in this way.
+    """
+    from transformers import AutoConfig
+
+    from unsloth_factory.model.fast.load import FolderWeights, load_fast
+    from unsloth_factory.model.fast.spec import why_not
+
+    config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+    reason = why_not(config)
+    if is_prequantized(folder):
+        reason = "weights that are stored in 4 bit"
+    elif tuning is not None and tuning.finetuning_type != "lora":
+        reason = f"--finetuning_type {tuning.finetuning_type}"
+    elif tuning is not None and tuning.lora_dropout:
+        reason = f"--lora_dropout {tuning.lora_dropout:g}"
+    if reason is not None:
+        raise UsageError(f"--engine fast cannot run {folder.name}: {reason}. Use --engine standard.")
+    return load_fast(FolderWeights(folder, device, dtype), config, quantized=quantization_bit is not None)
+
+
+def _load_within_memory(
+    read: Callable[..., Any], folder: Path, quantization_bit: int | None, device: torch.device, dtype: torch.dtype
+) -> Any:
     try:
-        return load_base(folder, quantization_bit=quantization_bit, device=device, dtype=dtype)
+        return read(folder, quantization_bit=quantization_bit, device=device, dtype=dtype)
     except torch.OutOfMemoryError as error:
         size = sum(path.stat().st_size for path in shard_paths(folder)) / 2**30
         advice = "Use a smaller model." if quantization_bit else "Use --quantization_bit 4, or a smaller model."
@@ -167,6 +205,20 @@ def _prepare(loaded: LoadedModel, adapter: Path | None, tuning: TuningSettings, 
         train_all(loaded.model)
     elif for_training:
         train_last_layers(loaded.model, tuning.freeze_last_n)
+    if loaded.engine == "fast":
+        _bind(loaded)
     if for_training and loaded.device.type == "cuda":
         loaded.set_gradient_checkpointing(True)
     loaded.model.eval()
+
+
+def _bind(loaded: LoadedModel) -> None:
+    """Let the fast engine's decoder know the adapter."""
+    if loaded.has_adapter:
+        config = loaded.model.peft_config["default"]
+        odd = [
+            key for key in ("use_dora", "lora_bias", "modules_to_save", "lora_dropout") if getattr(config, key, None)
+        ]
+        if odd:
+            raise UsageError(f"--engine fast cannot run this adapter: {odd[0]}. Use --engine standard.")
+    loaded.decoder.bind()

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from unsloth_factory.config.errors import UserError
+from unsloth_factory.kernels.transfer import to_device
 from unsloth_factory.model.fingerprint import AdapterInfo
 from unsloth_factory.model.store import save_adapter, save_full
 
@@ -54,6 +55,12 @@ class LoadedModel:
         """The transformers model inside (with LoRA layers in place, if any)."""
         return self.model.get_base_model() if self.has_adapter else self.model
 
+    @property
+    def decoder(self) -> Any:
+        """What makes hidden states of token ids: transformers' decoder or the fast engine's."""
+        # transformers finds its own classes alone
+        return self.causal_lm.model if self.engine == "fast" else self.causal_lm.get_decoder()
+
     def autocast(self) -> AbstractContextManager[Any]:
         """Within it float32 parameters (LoRA, trained layers) compute in `dtype`; nothing to do where all is float32.
 
@@ -61,22 +68,24 @@ class LoadedModel:
         """
         if self.dtype == torch.float32:
             return nullcontext()
+        if self.engine == "fast":  # casts by itself
+            return nullcontext()
         mixed = self.has_adapter or any(p.requires_grad for p in self.model.parameters())
         return torch.autocast(self.device.type, dtype=self.dtype) if mixed else nullcontext()
 
     def hidden_states(
         self, input_ids: torch.Tensor, position_ids: torch.Tensor, attention_mask: torch.Tensor | None
     ) -> torch.Tensor:
-        """Final normed hidden states, [B, T, h].
+        """Final normed hidden states, [B, T, h], on the device; the arguments are best on the CPU.
 
         Packed rows carry no attention mask: transformers then reads the document borders from the positions that start
         again at 0, provided that no cache is used.
         """
-        decoder = self.causal_lm.get_decoder()
+        inputs = {"input_ids": input_ids, "position_ids": position_ids, "attention_mask": attention_mask}
+        if self.engine != "fast":  # which finds the documents on the CPU, and would have to wait for the GPU
+            inputs = {name: None if x is None else to_device(x, self.device) for name, x in inputs.items()}
         with self.autocast():
-            output = decoder(
-                input_ids=input_ids, position_ids=position_ids, attention_mask=attention_mask, use_cache=False
-            )
+            output = self.decoder(**inputs, use_cache=False)
         return output.last_hidden_state
 
     @property
@@ -122,19 +131,49 @@ class LoadedModel:
 
     @property
     def recomputes_layers(self) -> bool:
-        """Gradient checkpointing is on."""
+        """Gradient checkpointing is on; with the fast engine: for every layer, whatever memory there is."""
+        if self.engine == "fast":
+            return bool(self.decoder.planner.recomputes_all)
         return bool(self.causal_lm.is_gradient_checkpointing)
 
     def set_gradient_checkpointing(self, enabled: bool) -> None:
         """Recompute each layer in the backward pass instead of keeping its activations (Chen et al. 2016, 1604.06174).
 
-        Takes effect while the model is in training mode.
+        Takes effect while the model is in training mode. The fast engine decides that by itself, layer by layer.
         """
+        if self.engine == "fast":
+            return
         if enabled:
             # The reentrant form needs inputs that require gradients and re-runs a layer to its very end.
             self.causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         else:
             self.causal_lm.gradient_checkpointing_disable()
+
+    def recompute_layers(self) -> None:
+        """From now on recompute every layer, for want of memory."""
+        if self.engine == "fast":
+            self.decoder.planner.recompute_all()
+            self.give_up_memory()
+        else:
+            self.set_gradient_checkpointing(True)
+
+    def give_up_memory(self) -> None:
+        """After memory ran out: free what is kept for speed alone."""
+        if self.engine == "fast":
+            self.decoder.give_up_memory()
+
+    def allocate_gradients(self) -> None:
+        """Give every trained parameter a gradient of zeros, where the first backward pass would put one."""
+        if self.engine == "fast":
+            self.decoder.gradients.prepare()
+        for parameter in self.trainable_parameters():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+
+    @property
+    def token_budget(self) -> int | None:
+        """Tokens of a micro-batch for which the fast engine recomputes nothing; None: as --batch_size says."""
+        return self.decoder.planner.comfortable if self.engine == "fast" else None
 
     def save_adapter(self, folder: Path, extra: dict[str, Any] | None = None) -> Path:
         """Write adapter_model.safetensors, adapter_config.json and unsloth_factory.json (with `extra` in it).

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from unsloth_factory.data.batching import Batch
-from unsloth_factory.training.memory.cuts import cut, row_lengths
+from unsloth_factory.training.memory.cuts import cut, merged, row_lengths
 from unsloth_factory.training.methods import Method
 from unsloth_factory.training.session import Session
 from unsloth_factory.training.watch import forgetting
@@ -18,6 +18,9 @@ def planned(session: Session, step: int) -> list[Sequence[Any]]:
     groups: list[list[Any]] = [[items[i] for i in indices] for indices in session.plan.step(step)]
     groups += [rows for rows in (forgetting.replayed(session, step),) if rows]
     mine = groups[accelerator.process_index :: accelerator.num_processes]
+    budget = session.state.merged_tokens
+    if budget is not None and session.packing:
+        return merged([item for group in mine for item in group], row_lengths, budget)
     return [group[start : start + size] for group in mine for start in range(0, len(group), size)]
 
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from unsloth_factory.data.batching import IGNORED, Batch
+from unsloth_factory.kernels.transfer import to_device
 from unsloth_factory.model.loaded import LoadedModel
 
 
@@ -45,11 +46,7 @@ def token_log_probs(loaded: LoadedModel, batch: Batch, positions: TrainedPositio
     The output projection is applied to trained positions only (a prompt costs no logits), in chunks of
     `loaded.logit_bytes`; a chunk's logits are computed again in the backward pass instead of being kept.
     """
-    device = loaded.device
-    mask = None if batch.attention_mask is None else batch.attention_mask.to(device)
-    hidden = loaded.hidden_states(batch.input_ids.to(device), batch.position_ids.to(device), mask)
-    rows = hidden.reshape(-1, hidden.shape[-1]).index_select(0, positions.index.to(device))  # [N, h]
-    targets = positions.targets.to(device)
+    rows, targets = _trained_rows(loaded, batch, positions)
     head = loaded.lm_head
     size = chunk_rows(loaded)
     if len(rows) <= size:
@@ -60,6 +57,29 @@ def token_log_probs(loaded: LoadedModel, batch: Batch, positions: TrainedPositio
         for start in range(0, len(rows), size)
     ]  # fmt: skip
     return torch.cat(pieces)
+
+
+def cross_entropy(loaded: LoadedModel, batch: Batch, positions: TrainedPositions) -> torch.Tensor:
+    """Negative log-likelihood of all trained tokens, float32 scalar, differentiable.
+
+    The fast engine makes the gradient of the logits together with them, so that no product runs twice.
+    """
+    if loaded.engine != "fast":
+        return -token_log_probs(loaded, batch, positions).sum()
+    from unsloth_factory.model.fast.head import cross_entropy_sum
+
+    rows, targets = _trained_rows(loaded, batch, positions)
+    weight = loaded.lm_head.weight
+    assert isinstance(weight, torch.Tensor)
+    return cross_entropy_sum(rows, weight, targets, loaded.logit_bytes)
+
+
+def _trained_rows(loaded: LoadedModel, batch: Batch, positions: TrainedPositions) -> tuple[torch.Tensor, torch.Tensor]:
+    """(hidden states [N, h], targets [N]) of the trained positions, on the device."""
+    hidden = loaded.hidden_states(batch.input_ids, batch.position_ids, batch.attention_mask)
+    index = to_device(positions.index, loaded.device)
+    rows = hidden.reshape(-1, hidden.shape[-1]).index_select(0, index)
+    return rows, to_device(positions.targets, loaded.device)
 
 
 def chunk_rows(loaded: LoadedModel) -> int:

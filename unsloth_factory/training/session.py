@@ -68,6 +68,8 @@ class LoopState:
     recent_losses: list[float] = field(default_factory=list)
     """Of the steps that were applied last; what a spike is measured by."""
     recent_norms: list[float] = field(default_factory=list)
+    merged_tokens: int | None = None
+    """Samples of a step are put together into micro-batches of about so many tokens; None: as --batch_size says."""
     spikes: int = 0
     spike_streak: int = 0
     """Steps in a row that were skipped because of a spike."""
@@ -202,7 +204,7 @@ def open_session(job: TrainingJob, progress: Progress) -> Session:
         progress=progress,
         time_box=TimeBox(job.run.time_budget or math.inf, job.started, 3.0 if _trackers(job.run.report_to) else 0.0),
         state=LoopState(),
-        meter=job.meter or meter_of(job.loaded.device),
+        meter=job.meter or meter_of(job.loaded),
     )
 
 

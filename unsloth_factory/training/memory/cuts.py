@@ -25,6 +25,28 @@ def memory_tokens(lengths: Sequence[Lengths], packing: bool) -> int:
     return sum(map(len, lengths)) * max(map(max, lengths))
 
 
+def merged(samples: Sequence[T], lengths_of: Callable[[T], Lengths], budget: int) -> list[Sequence[T]]:
+    """The samples of a step in as few packed micro-batches as fit: longest first into the first that has room.
+
+    Args:
+        samples: Of one optimizer step.
+        lengths_of: Tokens of the rows of a sample.
+        budget: Most tokens of a micro-batch; one sample alone may have more.
+
+    Returns:
+        Micro-batches in the order of their first samples; samples keep their order.
+    """
+    tokens = [sum(lengths_of(sample)) for sample in samples]
+    bins: list[list[int]] = []
+    for index in sorted(range(len(samples)), key=lambda index: -tokens[index]):
+        place = next((b for b in bins if sum(tokens[i] for i in b) + tokens[index] <= budget), None)
+        if place is None:
+            bins.append([index])
+        else:
+            place.append(index)
+    return [[samples[index] for index in one] for one in sorted(sorted(one) for one in bins)]
+
+
 def cut(
     samples: Sequence[T], lengths_of: Callable[[T], Lengths], *, limit: int | None, packing: bool
 ) -> list[Sequence[T]]:

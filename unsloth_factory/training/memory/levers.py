@@ -44,7 +44,7 @@ class Levers:
         if self.logit_bytes is not None:
             loaded.logit_bytes = min(loaded.logit_bytes, self.logit_bytes)
         if self.checkpointing:
-            loaded.set_gradient_checkpointing(True)
+            loaded.recompute_layers()
 
     def __str__(self) -> str:
         parts = []

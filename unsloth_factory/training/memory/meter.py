@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import gc
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import psutil
 import torch
+
+from unsloth_factory.model.loaded import LoadedModel
 
 CGROUP = Path("/sys/fs/cgroup")
 GIB = 2**30
@@ -60,8 +63,9 @@ class GpuMeter:
     probes = True
     offloads = True
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, give_up: Callable[[], None] = lambda: None) -> None:
         self.device = device
+        self.give_up = give_up
 
     def read(self) -> Reading:
         """The present figures; the limit heeds `set_per_process_memory_fraction` and the other users of the card."""
@@ -78,7 +82,8 @@ class GpuMeter:
         torch.cuda.reset_peak_memory_stats(self.device)
 
     def release(self) -> None:
-        """Collect cycles (a failed backward pass leaves some), then return cached blocks to the driver."""
+        """Free what is kept for speed, collect cycles (a failed backward pass leaves some), and empty the cache."""
+        self.give_up()
         gc.collect()
         torch.cuda.empty_cache()
 
@@ -112,9 +117,9 @@ class HostMeter:
         gc.collect()
 
 
-def meter_of(device: torch.device) -> Meter:
-    """The meter of a device."""
-    return GpuMeter(device) if device.type == "cuda" else HostMeter()
+def meter_of(loaded: LoadedModel) -> Meter:
+    """The meter of a model's device."""
+    return GpuMeter(loaded.device, loaded.give_up_memory) if loaded.device.type == "cuda" else HostMeter()
 
 
 def _high_water() -> int:

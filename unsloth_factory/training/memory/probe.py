@@ -40,6 +40,7 @@ def probe(session: Session) -> None:
     if isinstance(outcome, Shortage):
         raise relief.nothing_for_the_update(session, outcome.message)
     session.state.levers.apply(session.job.loaded)
+    session.state.merged_tokens = session.state.merged_tokens or session.job.loaded.token_budget
     if not meter.probes or session.over:
         return
     devices = [session.job.loaded.device] if session.job.loaded.device.type == "cuda" else []
@@ -47,6 +48,10 @@ def probe(session: Session) -> None:
     scale = scaler.state_dict() if scaler is not None else None
     with torch.random.fork_rng(devices=devices):
         tokens = _probe_training(session)
+        budget = session.job.loaded.token_budget
+        if session.state.merged_tokens is not None and budget is not None:
+            # what did not fit has left less room to plan with
+            session.state.merged_tokens = min(session.state.merged_tokens, budget)
         reading = meter.read()
         _probe_evaluation(session)
     if scaler is not None:
@@ -74,8 +79,7 @@ def _probe_training(session: Session) -> int:
 
 def _try(session: Session, batch: Batch) -> None:
     if session.job.loop.accumulation_steps > 1 or session.state.levers.micro_batch_tokens is not None:
-        for parameter in session.parameters:
-            parameter.grad = torch.zeros_like(parameter)  # as a micro-batch before this one would have left them
+        session.job.loaded.allocate_gradients()  # as a micro-batch before this one would have left them
     sums = Sums(session, session.job.method.figures)
     add_gradients(session, batch, max(1, session.job.method.count(batch)), sums)
     sums.means(1)

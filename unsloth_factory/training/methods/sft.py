@@ -9,7 +9,7 @@ from unsloth_factory.config.settings import TuningSettings
 from unsloth_factory.data.batching import Batch, pack, pad
 from unsloth_factory.data.types import TokenSample
 from unsloth_factory.model.loaded import LoadedModel
-from unsloth_factory.training.log_probs import token_log_probs, trained_positions
+from unsloth_factory.training.log_probs import cross_entropy, trained_positions
 from unsloth_factory.training.methods.base import LossSum
 
 
@@ -39,5 +39,4 @@ class Sft:
     def loss(self, loaded: LoadedModel, batch: Batch) -> LossSum:
         """Negative log-likelihood of the trained tokens."""
         positions = trained_positions(batch)
-        log_probs = token_log_probs(loaded, batch, positions)
-        return LossSum(total=-log_probs.sum(), count=len(positions.index))
+        return LossSum(total=cross_entropy(loaded, batch, positions), count=len(positions.index))

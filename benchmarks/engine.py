@@ -1,0 +1,219 @@
+"""QLoRA of 8B shapes under a memory cap: this project's engines and its rivals, a process each, on the same length mix.
+
+    python benchmarks/plan_accuracy.py make /tmp/models 8B                  # random weights, 16 GB
+    python benchmarks/engine.py uf      /tmp/models/8B /tmp/runs --engine fast --mix mean900 --cap 14.5
+    python benchmarks/engine.py unsloth /tmp/models/8B /tmp/runs --cap 14.5
+    python benchmarks/engine.py table   results.jsonl                       # -> benchmarks/results/engine.json, a table
+
+A mix is log-normal (mean 900, median 700, clipped to 64..4,096 tokens; or mean 200, 16..1,024), half of each sample
+trained, 32 samples an optimizer step, LoRA r = 16 on all linear layers, AdamW 8 bit. `uf` runs the real command and
+reads its metrics.jsonl: real tokens a second, the median of the steps from the third on. `unsloth` runs its model with
+its fused kernels on whole rows without any padding or borders between documents, which flatters it; both of its
+settings, with its checkpointing and without. Figures only compare within one run of the machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import math
+import os
+import random
+import statistics
+import sys
+import threading
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+TINY = ROOT / "unsloth_factory" / "assets" / "tiny_model"
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+SAMPLES, WARM = 32, 2
+MIXES = {"mean900": (900, 64, 4096), "mean200": (200, 16, 1024)}
+ROWS = {"checkpointing": ((1, 4096), (2, 2048)), "none": ((1, 1024), (1, 2048))}
+
+
+def mix(name: str, count: int, seed: int = 3407) -> list[int]:
+    """Sample lengths in tokens."""
+    mean, low, high = MIXES[name]
+    chooser = random.Random(seed)
+    sigma = math.sqrt(2 * math.log(900 / 700))
+    draws = (chooser.lognormvariate(math.log(mean) - sigma * sigma / 2, sigma) for _ in range(count))
+    return [min(high, max(low, round(draw))) for draw in draws]
+
+
+def write_data(path: Path, lengths: list[int]) -> None:
+    """Rows of about these lengths, half of each the answer."""
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(TINY / "tokenizer.json"))
+    chooser = random.Random(3407)
+    frame = 16  # what the chat template adds
+
+    def text(tokens: int) -> str:
+        words = "".join(chr(chooser.randrange(0x4E00, 0x5E00)) for _ in range(tokens))
+        return tokenizer.decode(tokenizer.encode(words).ids[: max(1, tokens)]).replace("\ufffd", "")
+
+    with open(path, "w", encoding="utf-8") as file:
+        for length in lengths:
+            row = {"instruction": text(length // 2 - frame), "output": text(length // 2)}
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def cap(gib: float | None) -> None:
+    """Let this process use no more of the card."""
+    import torch
+
+    if gib is not None:
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(gib * 2**30 / total)
+
+
+def report(**figures: Any) -> None:
+    """One line of JSON, also into $OUT/engine.jsonl."""
+    import torch
+
+    gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "none"
+    packages = ("torch", "triton", "transformers", "peft", "bitsandbytes", "unsloth")
+    found = {name: version(name) for name in packages if find_spec(name)}
+    line = json.dumps(figures | {"gpu": gpu, "date": time.strftime("%Y-%m-%d"), "versions": found})
+    print(line, flush=True)
+    with open(Path(os.environ.get("OUT", ".")) / "engine.jsonl", "a", encoding="utf-8") as file:
+        file.write(line + "\n")
+
+
+def uf(given: argparse.Namespace) -> None:
+    """`uf sft` on a mix; leaves when the last step is in metrics.jsonl."""
+    import shutil
+
+    from unsloth_factory.cli import main
+
+    given.runs.mkdir(parents=True, exist_ok=True)
+    data, run = given.runs / f"{given.mix}.jsonl", given.runs / f"{given.engine}-{given.mix}"
+    shutil.rmtree(run, ignore_errors=True)
+    shutil.disk_usage = lambda path: shutil._ntuple_diskusage(2**50, 0, 2**50)  # type: ignore[assignment,attr-defined]
+    write_data(data, mix(given.mix, given.steps * SAMPLES))
+    cap(given.cap)
+    started = time.time()
+    threading.Thread(target=_watch, args=(given, run, started), daemon=True).start()
+    words = ["sft", "--model", str(given.model), "--dataset", str(data), "--output_dir", str(run)]
+    words += ["--engine", given.engine, "--quantization_bit", "4", "--lora_r", "16", "--optimizer", "adamw_8bit"]
+    words += ["--batch_size", str(given.batch_size), "--accumulation_steps", str(SAMPLES // given.batch_size)]
+    words += ["--max_seq_length", "4096", "--max_steps", str(given.steps), "--val_split", "0"]
+    sys.exit(main([*words, "--logging_steps", "1", "--save_steps", "1000", "--save_total_limit", "1"]))
+
+
+def _watch(given: argparse.Namespace, run: Path, started: float) -> None:
+    import torch
+
+    path, first = run / "metrics.jsonl", None
+    while not path.is_file() or path.read_bytes().count(b"\n") < given.steps:
+        time.sleep(0.05)
+        if first is None and path.is_file() and path.read_bytes():
+            first = time.time() - started
+    speeds = [json.loads(line)["tokens_per_second"] for line in path.read_text().splitlines()]
+    report(
+        model=given.name, rival=given.engine, mix=given.mix, cap_gib=given.cap,
+        setting=f"--batch_size {given.batch_size}",
+        tokens_per_second=round(statistics.median(speeds[WARM:])), speeds=[round(speed) for speed in speeds],
+        peak_gib=round(torch.cuda.max_memory_reserved() / 2**30, 2), first_step_s=round(first or 0, 1),
+    )  # fmt: skip
+    os._exit(0)
+
+
+def unsloth(given: argparse.Namespace) -> None:
+    """Unsloth's model on whole rows."""
+    import bitsandbytes
+    import torch
+    from unsloth import FastLanguageModel  # first of all: it patches what is imported later
+
+    cap(given.cap)
+    started = time.time()
+    model, _ = FastLanguageModel.from_pretrained(
+        str(given.model), max_seq_length=8192, dtype=torch.bfloat16, load_in_4bit=True, local_files_only=True
+    )
+    model = FastLanguageModel.get_peft_model(
+        model, r=16, target_modules=TARGETS, lora_alpha=16, lora_dropout=0, bias="none", random_state=3407,
+        use_gradient_checkpointing="unsloth" if given.setting == "checkpointing" else False,
+    )  # fmt: skip
+    model.train()
+    loaded = time.time() - started
+    optimizer = bitsandbytes.optim.AdamW8bit([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+    for rows, tokens in ROWS[given.setting]:
+        facts = {"model": given.name, "rival": "unsloth", "mix": f"whole rows, {rows} x {tokens}", "cap_gib": given.cap,
+                 "setting": f"its checkpointing: {given.setting}"}  # fmt: skip
+        try:
+            speed = _rows_speed(model, optimizer, rows, tokens)
+            peak = round(torch.cuda.max_memory_reserved() / 2**30, 2)
+            report(**facts, tokens_per_second=round(speed), peak_gib=peak, load_s=round(loaded, 1))
+        except torch.OutOfMemoryError as error:
+            report(**facts, error=str(error)[:120])
+        optimizer.zero_grad(set_to_none=True)
+
+
+def _rows_speed(model: Any, optimizer: Any, rows: int, tokens: int) -> float:
+    """Tokens a second; an optimizer step after every eighth micro-batch."""
+    import torch
+
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    ids = torch.randint(0, 151000, (rows, tokens), device="cuda")
+    labels = ids.clone()
+    labels[:, : tokens // 2] = -100
+
+    def micro_batches(count: int) -> None:
+        for _ in range(count):
+            with torch.autocast("cuda", dtype=torch.bfloat16):
+                loss = model(input_ids=ids, labels=labels, attention_mask=torch.ones_like(ids)).loss
+            loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        torch.cuda.synchronize()
+
+    micro_batches(4)
+    started = time.time()
+    micro_batches(16)
+    return 16 * rows * tokens / (time.time() - started)
+
+
+def table(paths: list[Path]) -> None:
+    """Write benchmarks/results/engine.json and print the figures as a Markdown table."""
+    lines = [json.loads(line) for path in paths for line in path.read_text().splitlines()]
+    target = ROOT / "benchmarks" / "results" / "engine.json"
+    target.parent.mkdir(exist_ok=True)
+    target.write_text(json.dumps(lines, indent=1) + "\n")
+    print("| rival | setting | mix | cap, GiB | real tokens/s | peak, GiB |\n|---|---|---|---|---|---|")
+    for line in lines:
+        cells = [line.get(key, "-") for key in ("rival", "setting", "mix", "cap_gib", "tokens_per_second", "peak_gib")]
+        print("| " + " | ".join(f"{cell:,}" if isinstance(cell, int) else str(cell) for cell in cells) + " |")
+
+
+def main() -> None:
+    """Run one of the parts."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["uf", "unsloth", "table"])
+    parser.add_argument("model", type=Path, help="folder of the model; for `table` a file of results")
+    parser.add_argument("runs", type=Path, nargs="?", default=Path("/tmp/engine"))
+    parser.add_argument("--engine", default="fast")
+    parser.add_argument("--mix", default="mean900", choices=sorted(MIXES))
+    parser.add_argument("--cap", type=float, help="GiB of the card that the process may use")
+    parser.add_argument("--name", default="qwen3-8b", help="whose shape the model has, for the table")
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--batch_size", type=int, default=4)
+    parser.add_argument("--setting", default="checkpointing", choices=sorted(ROWS))
+    given = parser.parse_args()
+    parts: dict[str, Callable[[], None]] = {
+        "uf": lambda: uf(given), "unsloth": lambda: unsloth(given), "table": lambda: table([given.model]),
+    }  # fmt: skip
+    parts[given.what]()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,232 @@
+"""Every Triton kernel against its plain-torch twin, and every twin's backward pass against autograd.
+
+Run by test_kernels.py: on a CPU in a process of its own with TRITON_INTERPRET=1, on a GPU as it is.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+from unsloth_factory.kernels import attention, cross_entropy, nf4, rms_norm, rotary, shadows, swiglu
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+TRITON = DEVICE.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
+TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+needs_triton = pytest.mark.skipif(not TRITON, reason="runs the Triton kernels: needs TRITON_INTERPRET=1 or a GPU")
+
+
+def draw(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0, scale: float = 1.0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(*shape, generator=generator) * scale).to(dtype).to(DEVICE)
+
+
+def close(actual: torch.Tensor, wanted: torch.Tensor, dtype: torch.dtype, factor: float = 1.0) -> None:
+    """Relative error of the whole tensor; both are finite."""
+    assert actual.shape == wanted.shape
+    assert torch.isfinite(actual).all()
+    size = wanted.float().norm().clamp(min=1e-3)  # what should be 0 is compared absolutely
+    error = (actual.float() - wanted.float()).norm() / size
+    assert error <= TOLERANCE[dtype] * factor, f"{error:.2e}"
+
+
+SHAPES = [(1, 8), (3, 100), (5, 257), (2, 4096)]
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_rms_norm_kernel(shape, dtype):
+    x, w, dy, r = (draw(*s, dtype=dtype, seed=i) for i, s in enumerate([shape, shape[1:], shape, shape]))
+    wide = torch.full((shape[0], shape[1] + 3), 7.0, dtype=dtype, device=DEVICE)
+    rms_norm.launch_forward(x, w, 1e-6, wide[:, :-3])
+    close(wide[:, :-3], rms_norm.twin(x, w, 1e-6), dtype)
+    assert (wide[:, -3:] == 7.0).all()
+    for residual in (r, None):
+        ours = rms_norm.launch_backward(dy, x, w, 1e-6, residual, wide[:, :-3])
+        close(ours, rms_norm.twin_backward(dy, x, w, 1e-6, residual), dtype)
+
+
+def test_rms_norm_backward_is_the_gradient():
+    x, w, dy = draw(5, 33).requires_grad_(), draw(33, seed=1).requires_grad_(), draw(5, 33, seed=2)
+    rms_norm.twin(x, w, 1e-6).backward(dy)
+    close(rms_norm.twin_backward(dy, x.detach(), w.detach(), 1e-6, None), x.grad, torch.float32)
+    close(rms_norm.weight_gradient(dy, x.detach(), 1e-6), w.grad, torch.float32)
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 4), (3, 100), (2, 1025)])
+def test_swiglu_kernel(shape, dtype):
+    gate_up, dout = draw(shape[0], 2 * shape[1], dtype=dtype), draw(*shape, dtype=dtype, seed=1)
+    close(swiglu.launch_forward(gate_up, torch.empty_like(dout)), swiglu.twin(gate_up), dtype)
+    wide = torch.full((shape[0], 2 * shape[1] + 5), 7.0, dtype=dtype, device=DEVICE)
+    ours, wanted = wide[:, :-5], gate_up.clone()
+    ours.copy_(gate_up)
+    close(swiglu.launch_backward(dout, ours), swiglu.twin_backward(dout, wanted), dtype)
+    close(ours, wanted, dtype)
+    assert (wide[:, -5:] == 7.0).all()
+
+
+def test_swiglu_backward_is_the_gradient():
+    gate_up, dout = draw(4, 14).requires_grad_(), draw(4, 7, seed=1)
+    out = swiglu.twin(gate_up)
+    out.backward(dout)
+    gradient = gate_up.detach().clone()
+    close(swiglu.twin_backward(dout, gradient), out.detach(), torch.float32)
+    close(gradient, gate_up.grad, torch.float32)
+
+
+HEADS = [rotary.Heads(4, 2, 16), rotary.Heads(3, 1, 24), rotary.Heads(1, 1, 64)]
+
+
+def rotary_inputs(heads: rotary.Heads, dtype: torch.dtype, tokens: int = 5):
+    qkv = draw(tokens, heads.width, dtype=dtype)
+    angles = draw(tokens, heads.size // 2, seed=1, scale=3.0)
+    norm = rotary.HeadNorm(draw(heads.size, dtype=dtype, seed=2), draw(heads.size, dtype=dtype, seed=3), 1e-6)
+    gradients = (
+        draw(tokens, heads.queries, heads.size, dtype=dtype, seed=4),
+        draw(tokens, heads.keys, heads.size, dtype=dtype, seed=5),
+        draw(tokens, heads.keys, heads.size, dtype=dtype, seed=6),
+    )
+    return qkv, angles.cos(), angles.sin(), norm, gradients
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("normed", [True, False])
+def test_rotary_kernel(heads, dtype, normed):
+    qkv, cos, sin, norm, gradients = rotary_inputs(heads, dtype)
+    norm = norm if normed else None
+    for actual, wanted in zip(
+        rotary.launch_forward(qkv, cos, sin, heads, norm), rotary.twin(qkv, cos, sin, heads, norm), strict=True
+    ):
+        close(actual, wanted, dtype)
+    wanted = rotary.twin_backward(gradients, qkv, cos, sin, heads, norm)
+    wide = torch.full((len(qkv), heads.width + 8), 7.0, dtype=dtype, device=DEVICE)
+    wide[:, :-8] = qkv
+    close(rotary.launch_backward(gradients, wide[:, :-8], cos, sin, heads, norm), wanted, dtype)
+    assert (wide[:, -8:] == 7.0).all()
+
+
+@pytest.mark.parametrize("normed", [True, False])
+def test_rotary_backward_is_the_gradient(normed):
+    heads = HEADS[0]
+    qkv, cos, sin, norm, gradients = rotary_inputs(heads, torch.float32)
+    qkv.requires_grad_()
+    q, k = rotary.twin(qkv, cos, sin, heads, norm if normed else None)
+    v = rotary.split(qkv, heads)[2]
+    torch.autograd.backward([q, k, v], list(gradients))
+    ours = rotary.twin_backward(gradients, qkv.detach(), cos, sin, heads, norm if normed else None)
+    close(ours, qkv.grad, torch.float32)
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("vocabulary", [7, 8192, 9001])
+def test_cross_entropy_kernel(vocabulary, dtype):
+    logits = draw(3, vocabulary, dtype=dtype, scale=4.0)
+    targets = torch.tensor([0, vocabulary - 1, vocabulary // 2], device=DEVICE)
+    ours, twins = logits.clone(), logits.clone()
+    close(cross_entropy.launch(ours, targets, 8.0), cross_entropy.twin(twins, targets, 8.0), torch.float32, factor=2.0)
+    close(ours, twins, dtype)
+    kept = logits.clone()
+    cross_entropy.launch(kept, targets, None)
+    assert torch.equal(kept, logits)
+
+
+def test_cross_entropy_gradient_is_the_gradient():
+    logits, targets = draw(4, 11).requires_grad_(), torch.tensor([0, 10, 3, 3], device=DEVICE)
+    loss = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+    loss.sum().backward()
+    buffer = logits.detach().clone()
+    close(cross_entropy.twin(buffer, targets, 2.0), loss.detach(), torch.float32)
+    close(buffer, 2.0 * logits.grad, torch.float32)
+
+
+def packed(shapes: list[tuple[int, int]]) -> tuple[nf4.Packed, torch.Tensor]:
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    from unsloth_factory.model.fast.quantize import stack
+
+    parts, values = [], []
+    for seed, shape in enumerate(shapes):
+        codes, state = quantize_4bit(draw(*shape, seed=seed), blocksize=64, compress_statistics=True, quant_type="nf4")
+        parts.append((codes, state))
+        values.append(dequantize_4bit(codes, state))
+    return stack(parts), torch.cat(values)
+
+
+NF4_SHAPES = [[(4, 64)], [(64, 192), (3, 192), (65, 192)], [(257, 128), (300, 128)]]
+
+
+@pytest.mark.parametrize("shapes", NF4_SHAPES)
+def test_nf4_twin_has_the_values_of_bitsandbytes(shapes):
+    weight, wanted = packed(shapes)
+    actual = nf4.twin(weight, torch.empty(weight.shape, device=DEVICE))
+    assert torch.equal(actual, wanted)
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shapes", NF4_SHAPES)
+def test_nf4_kernel(shapes, dtype):
+    weight, _ = packed(shapes)
+    rows, columns = weight.shape
+    out = torch.full((rows, columns + 8), 7.0, dtype=dtype, device=DEVICE)
+    nf4.launch(weight, out[:, :columns])
+    wanted = nf4.twin(weight, torch.empty(weight.shape, dtype=dtype, device=DEVICE))
+    if DEVICE.type == "cuda":
+        assert torch.equal(out[:, :columns], wanted)
+    else:  # the interpreter cuts float32 off where a GPU rounds it
+        close(out[:, :columns], wanted, dtype, factor=0.3)
+    assert (out[:, columns:] == 7.0).all()
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_shadows_kernel(dtype):
+    big = torch.zeros(40, 24, dtype=dtype, device=DEVICE)
+    sources = [
+        torch.nn.Parameter(draw(40, 16)),
+        torch.nn.Parameter(draw(40, 8, seed=1)),
+        torch.nn.Parameter(draw(3, 700)),
+    ]
+    row = torch.zeros(3, 700, dtype=dtype, device=DEVICE)
+    copies = [shadows.Shadow(big[:, :16], sources[0], 2.0), shadows.Shadow(big[:, 16:], sources[1], 1.0)]
+    group = shadows.Shadows([*copies, shadows.Shadow(row, sources[2], 1.0)])
+    for _ in range(2):
+        group._launch()
+        close(big[:, :16], 2.0 * sources[0].detach(), dtype)
+        close(big[:, 16:], sources[1].detach(), dtype)
+        close(row, sources[2].detach(), dtype)
+        sources[2].data = draw(3, 700, seed=9)  # another place in memory
+
+
+LENGTHS = [[2], [5, 1, 9], [33, 64]]
+
+
+@pytest.mark.parametrize("lengths", LENGTHS)
+@pytest.mark.parametrize("dtype", [torch.float32] if DEVICE.type == "cpu" else [torch.float16, torch.bfloat16])
+def test_attention(lengths, dtype):
+    total = sum(lengths)
+    q, k, v = (draw(total, heads, 32, dtype=dtype, seed=i) for i, heads in enumerate([4, 2, 2]))
+    dout = draw(total, 4, 32, dtype=dtype, seed=4)
+    documents = attention.Documents.of(lengths, DEVICE)
+    attended = attention.attention(q, k, v, documents)
+    gradients = attention.attention_backward(dout, q, k, v, attended, documents)
+    reference = [x.float().requires_grad_() for x in (q, k, v)]
+    start = 0
+    for length in lengths:
+        part = slice(start, start + length)
+        rows = [x[part].transpose(0, 1)[None] for x in reference]
+        out = torch.nn.functional.scaled_dot_product_attention(*rows, is_causal=True, enable_gqa=True)
+        close(attended.out[part], out[0].transpose(0, 1).detach(), dtype)
+        out.backward(dout[part].float().transpose(0, 1)[None])
+        start += length
+    for actual, wanted in zip(gradients, reference, strict=True):
+        close(actual, wanted.grad, dtype, factor=2.0)

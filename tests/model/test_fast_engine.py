@@ -1,0 +1,203 @@
+"""The fast engine computes what the standard one computes: hidden states, gradients of every LoRA matrix, answers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from unsloth_factory.config.settings import TuningSettings
+from unsloth_factory.kernels.attention import Documents
+from unsloth_factory.kernels.rotary import Heads
+from unsloth_factory.model.fast.arena import Arena
+from unsloth_factory.model.fast.layer import Row, Saving
+from unsloth_factory.model.fast.load import FolderWeights, load_fast
+from unsloth_factory.model.fast.planner import divide, saved_numbers
+from unsloth_factory.model.fast.spec import DecoderSpec
+from unsloth_factory.model.lora import attach_lora
+from unsloth_factory.model.standard import load_base
+
+CPU = torch.device("cpu")
+TUNING = TuningSettings(lora_r=4, lora_alpha=8)
+
+
+def both(folder: Path, *, bits: int | None = None, tuning: TuningSettings = TUNING) -> tuple[Any, Any]:
+    from transformers import AutoConfig
+
+    standard = load_base(folder, quantization_bit=bits, device=CPU, dtype=torch.float32)
+    weights = FolderWeights(folder, CPU, torch.float32)
+    fast = load_fast(weights, AutoConfig.from_pretrained(folder), quantized=bits is not None)
+    models = [attach_lora(model, tuning, 7) for model in (standard, fast)]
+    fast.model.bind()
+    for model in models:
+        generator = torch.Generator().manual_seed(1)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.data = torch.randn(parameter.shape, generator=generator) * 0.05
+        model.train()
+    return models[0], models[1]
+
+
+def packed_inputs(vocabulary: int = 300) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    positions = torch.cat([torch.arange(n) for n in (7, 1, 12)])[None]
+    return {"input_ids": torch.randint(5, vocabulary, (1, 20), generator=generator), "position_ids": positions}
+
+
+def run(model: Any, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    model.zero_grad()
+    hidden = model.get_base_model().model(**inputs, use_cache=False).last_hidden_state
+    weights = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(2))
+    mask = inputs.get("attention_mask", torch.ones(hidden.shape[:2]))
+    (hidden * weights * mask[..., None]).sum().backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+    return hidden.detach() * mask[..., None], gradients
+
+
+def same(first: tuple[Any, Any], second: tuple[Any, Any], tolerance: float = 2e-5) -> None:
+    def error(a: torch.Tensor, b: torch.Tensor) -> float:
+        return float((a - b).norm() / b.norm().clamp(min=1e-6))
+
+    assert error(first[0], second[0]) < tolerance
+    assert set(first[1]) == set(second[1])
+    worst = max((error(first[1][name], second[1][name]), name) for name in first[1])
+    assert worst[0] < tolerance, worst
+
+
+@pytest.mark.parametrize("family", ["qwen3", "qwen2", "llama", "mistral"])
+def test_gradients_of_packed_rows(family_dir, family):
+    standard, fast = both(family_dir(family))
+    same(run(fast, packed_inputs()), run(standard, packed_inputs()))
+
+
+@pytest.mark.parametrize("saving", list(Saving))
+def test_gradients_are_bit_equal_whatever_is_kept(random_model_dir, saving):
+    _, fast = both(random_model_dir)
+    kept = run(fast, packed_inputs())
+    fast.get_base_model().model.planner.forced = saving
+    again = run(fast, packed_inputs())
+    assert torch.equal(kept[0], again[0])
+    assert all(torch.equal(kept[1][name], again[1][name]) for name in kept[1])
+
+
+@pytest.mark.parametrize(
+    "plan", [[Saving.KEEP] * 2, [Saving.RECOMPUTE, Saving.KEEP], [Saving.DROP_GATE_UP] * 2, [Saving.RECOMPUTE] * 2]
+)
+def test_what_is_kept_lies_in_the_arena(random_model_dir, plan):
+    """The same bits as without it, in the room that the planner counts."""
+    _, fast = both(random_model_dir)
+    decoder = fast.get_base_model().model
+    inputs = packed_inputs()
+    decoder.planner.forced = plan
+    plain = run(fast, inputs)
+    row = Row(
+        *decoder.table.of(inputs["position_ids"][0]),
+        Documents.of([7, 1, 12], CPU),
+        Arena(4 * (20 * planned(decoder, plan) + 64 * 20), torch.float32, CPU),
+    )
+    hidden_weights = torch.randn(1, 20, 64, generator=torch.Generator().manual_seed(2))[0]
+    for _ in range(2):  # the second micro-batch takes the room of the first
+        fast.zero_grad()
+        with torch.no_grad():
+            last, saved = decoder.forward_stack(decoder.embed_tokens(inputs["input_ids"][0]), row, plan)
+            hidden = decoder.final_norm(last)
+            decoder.gradients.prepare()
+            decoder.backward_stack(hidden_weights, last, saved, row)
+        assert row.arena.outside == 0
+        assert torch.equal(hidden, plain[0][0])
+        assert all(torch.equal(p.grad, plain[1][name]) for name, p in fast.named_parameters() if p.requires_grad)
+
+
+def planned(decoder: Any, plan: list[Saving]) -> int:
+    """Numbers a token that the planner expects in the arena; log-sum-exps and copies of t lie elsewhere."""
+    return sum(saved_numbers(decoder.spec, saving, decoder.planner.extra) for saving in plan)
+
+
+def test_the_planner_spends_what_there_is():
+    spec = DecoderSpec("qwen3", 36, 4096, 12288, Heads(32, 8, 128), 151936, 1e-6, True, (False, False), False)
+    gib = 2**30
+    kept = [divide(spec, 2048, budget * gib, 2, 192).count(Saving.KEEP) for budget in (1, 2, 4, 6, 8)]
+    assert kept == sorted(kept)
+    assert kept[0] == 1
+    assert kept[-1] == 36
+    for budget in (2, 3, 4, 5, 6):
+        plan = divide(spec, 2048, budget * gib, 2, 192)
+        spent = sum(saved_numbers(spec, saving, 192) for saving in plan) * 2048 * 2
+        assert 0.9 * budget * gib <= spent <= budget * gib
+        assert plan[-1] is Saving.KEEP
+
+
+def test_nf4(random_model_dir):
+    standard, fast = both(random_model_dir, bits=4)
+    same(run(fast, packed_inputs()), run(standard, packed_inputs()))
+
+
+def test_padded_rows(random_model_dir):
+    standard, fast = both(random_model_dir)
+    ids = packed_inputs()["input_ids"].reshape(2, 10)
+    mask = torch.ones(2, 10, dtype=torch.long)
+    mask[1, 6:] = 0
+    inputs = {"input_ids": ids, "position_ids": torch.arange(10).expand(2, 10), "attention_mask": mask}
+    same(run(fast, inputs), run(standard, inputs))
+
+
+def test_some_targets_only(random_model_dir):
+    tuning = TuningSettings(lora_r=4, lora_target="k_proj,up_proj,down_proj")
+    standard, fast = both(random_model_dir, tuning=tuning)
+    same(run(fast, packed_inputs()), run(standard, packed_inputs()))
+
+
+def test_new_adapters_start_alike(random_model_dir):
+    standard, fast = both(random_model_dir)
+    ours, theirs = dict(fast.named_parameters()), dict(standard.named_parameters())
+    trained = [name for name, p in theirs.items() if p.requires_grad]
+    assert trained == [name for name, p in ours.items() if p.requires_grad]
+    assert all(torch.equal(ours[name], theirs[name]) for name in trained)
+
+
+def test_a_switched_off_adapter(random_model_dir):
+    standard, fast = both(random_model_dir)
+    outputs = []
+    for model in (standard, fast):
+        model.eval()
+        with torch.no_grad(), model.disable_adapter():
+            outputs.append(model.get_base_model().model(**packed_inputs(), use_cache=False).last_hidden_state)
+    assert torch.allclose(*outputs, atol=1e-5)
+
+
+def test_generation_with_a_cache(random_model_dir):
+    from transformers import DynamicCache
+
+    standard, fast = both(random_model_dir)
+    ids = packed_inputs()["input_ids"].reshape(2, 10)
+    mask = torch.ones(2, 10, dtype=torch.long)
+    mask[0, :3] = 0
+    outputs = []
+    for model in (standard.eval(), fast.eval()):
+        inner, cache = model.get_base_model(), DynamicCache(config=model.get_base_model().config)
+        with torch.no_grad():
+            positions = (mask.cumsum(1) - 1).clamp(min=0)
+            first = inner(
+                input_ids=ids, position_ids=positions, attention_mask=mask, past_key_values=cache, logits_to_keep=1
+            ).logits
+            longer = torch.cat([mask, mask.new_ones(2, 1)], dim=1)
+            second = inner(
+                input_ids=ids[:, :1], position_ids=mask.sum(1, keepdim=True), attention_mask=longer,
+                past_key_values=cache, logits_to_keep=1,
+            ).logits  # fmt: skip
+        outputs.append(torch.cat([first, second]))
+    assert torch.allclose(*outputs, atol=1e-4)
+
+
+@pytest.mark.parametrize("chunk", [10**9, 4000])
+def test_cross_entropy_of_the_head(chunk):
+    from unsloth_factory.model.fast import head
+
+    hidden, weight = torch.randn(9, 16, requires_grad=True), torch.randn(300, 16)
+    targets = torch.randint(0, 300, (9,))
+    (head.cross_entropy_sum(hidden, weight, targets, chunk) * 0.5).backward()
+    again = hidden.detach().clone().requires_grad_()
+    (torch.nn.functional.cross_entropy(again @ weight.t(), targets, reduction="sum") * 0.5).backward()
+    assert torch.allclose(hidden.grad, again.grad, atol=1e-6)

@@ -1,0 +1,144 @@
+"""The fast engine on a CUDA machine (make gpu): exactness against peft, graphs against launches, what is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from unsloth_factory.config.settings import ModelSettings, TuningSettings
+from unsloth_factory.kernels import attention
+from unsloth_factory.model.fast.layer import Saving
+from unsloth_factory.model.load import load_model
+from unsloth_factory.model.loaded import LoadedModel
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+TUNING = TuningSettings(lora_r=8, lora_alpha=16, quantization_bit=4)
+LENGTHS = (300, 17, 500, 1, 206)
+Gradients = dict[str, torch.Tensor]
+
+
+@pytest.fixture(scope="module")
+def wide(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Random models wide enough for real kernels: hidden size 512, heads of 128, four layers."""
+    root = request.config.pluginmanager.get_plugin(str(Path(__file__).resolve().parent.parent / "conftest.py"))
+    made: dict[str, Path] = {}
+
+    def make(family: str) -> Path:
+        if family not in made:
+            made[family] = root.make_random_model(tmp_path_factory.mktemp(family), family=family, layers=4, hidden=512)
+        return made[family]
+
+    return make
+
+
+def load(folder: Path, engine: str, dtype: torch.dtype, bits: int | None = 4, device: str = "cuda:0") -> LoadedModel:
+    loaded = load_model(
+        ModelSettings(model=str(folder), engine=engine), quantization_bit=bits, dtype=dtype, for_training=True,
+        tuning=TUNING, device=torch.device(device),
+    )  # fmt: skip
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in loaded.model.named_parameters():
+        if "lora_B" in name:
+            parameter.data = (torch.randn(parameter.shape, generator=generator) * 0.05).to(parameter.device)
+    loaded.model.train()
+    return loaded
+
+
+def run(loaded: LoadedModel, lengths: tuple[int, ...] = LENGTHS) -> tuple[torch.Tensor, Gradients]:
+    """(hidden states [T, h] float32, gradients) of one packed row, on the CPU."""
+    loaded.model.zero_grad()
+    total = sum(lengths)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(5, 250, (1, total), generator=generator)
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    hidden = loaded.hidden_states(ids, positions, None)[0]
+    weights = torch.randn(hidden.shape, generator=generator).to(hidden)
+    (hidden.float() * weights.float()).sum().backward()
+    named = loaded.model.named_parameters()
+    return hidden.detach().float().cpu(), {name: p.grad.cpu().clone() for name, p in named if p.requires_grad}
+
+
+def flat(gradients: Gradients) -> torch.Tensor:
+    return torch.cat([gradients[name].flatten() for name in sorted(gradients)])
+
+
+def error(actual: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float((actual - wanted).norm() / wanted.norm())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama", "mistral"])
+def test_as_exact_as_peft(wide: Any, family: str, dtype: torch.dtype) -> None:
+    """Not farther from float32 on the same NF4 weights than transformers + peft + bitsandbytes are."""
+    reference = run(load(wide(family), "standard", torch.float32))
+    standard, fast = (run(load(wide(family), engine, dtype)) for engine in ("standard", "fast"))
+    assert error(fast[0], reference[0]) <= 1.2 * error(standard[0], reference[0])
+    ours, theirs, exact = (flat(found[1]) for found in (fast, standard, reference))
+    assert error(ours, exact) <= 1.2 * error(theirs, exact), (error(ours, exact), error(theirs, exact))
+    for name, gradient in fast[1].items():
+        limit = 1.2 * error(standard[1][name], reference[1][name]) + 2e-3
+        assert error(gradient, reference[1][name]) <= limit, name
+    print(family, dtype, f"{error(ours, exact):.2e} against {error(theirs, exact):.2e}")
+
+
+def test_the_kernel_of_older_cards(wide: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = load(wide("qwen3"), "fast", torch.float16)
+    newer = run(loaded)
+    monkeypatch.setattr(attention, "backend", lambda device: "efficient")
+    loaded.decoder.graphs.drop()
+    for _ in range(2):  # as graphs, and as launches
+        older = run(loaded)
+        assert error(older[0], newer[0]) < 2e-3
+        assert error(flat(older[1]), flat(newer[1])) < 5e-3
+        loaded.decoder.graphs = None
+
+
+def test_graphs_are_launches(wide: Any) -> None:
+    loaded = load(wide("qwen3"), "fast", torch.bfloat16)
+    graphs = loaded.decoder.graphs
+    assert graphs is not None
+    for lengths in (LENGTHS, (1024,), (40,) * 20, (7,), LENGTHS):
+        replayed = run(loaded, lengths)
+        again = run(loaded, lengths)
+        loaded.decoder.graphs = None
+        launched = run(loaded, lengths)
+        loaded.decoder.graphs = graphs
+        # Rows of other lengths may go to other matrix kernels, and flash-attention adds up in any order.
+        assert error(replayed[0], launched[0]) < 1e-2
+        assert error(flat(replayed[1]), flat(launched[1])) < 2e-2
+        assert error(flat(again[1]), flat(replayed[1])) < 1e-2
+
+
+def test_what_is_kept_changes_next_to_nothing(wide: Any) -> None:
+    """Recomputed values are the same bits; only flash-attention's sums come in another order."""
+    loaded = load(wide("qwen3"), "fast", torch.bfloat16)
+    loaded.decoder.graphs = None
+    found = []
+    for saving in Saving:
+        loaded.decoder.planner.forced = saving
+        found.append(run(loaded))
+    assert all(torch.equal(found[0][0], other[0]) for other in found[1:])
+    assert all(error(flat(found[0][1]), flat(other[1])) < 5e-3 for other in found[1:])
+
+
+def test_memory_that_runs_out_drops_the_graphs(wide: Any) -> None:
+    loaded = load(wide("qwen3"), "fast", torch.bfloat16)
+    before = run(loaded)
+    budget = loaded.decoder.planner.budget
+    loaded.give_up_memory()
+    assert not loaded.decoder.graphs._graphs
+    assert loaded.decoder.planner.budget < budget
+    assert error(flat(run(loaded)[1]), flat(before[1])) < 1e-2
+
+
+def test_a_backward_pass_that_comes_too_late(wide: Any) -> None:
+    loaded = load(wide("qwen3"), "fast", torch.bfloat16)
+    ids, positions = torch.arange(5, 25)[None], torch.arange(20)[None]
+    first = loaded.hidden_states(ids, positions, None)
+    loaded.hidden_states(ids, positions, None)
+    with pytest.raises(AssertionError, match="a later forward pass"):
+        first.sum().backward()

@@ -1,0 +1,82 @@
+"""The fast engine in the training loop: the curve of the standard engine, its checkpoints and its adapter files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from training_jobs import CPU, pairs
+
+from unsloth_factory.config.errors import UsageError
+from unsloth_factory.config.settings import ModelSettings, TuningSettings
+from unsloth_factory.model.load import load_model
+from unsloth_factory.model.loaded import LoadedModel
+from unsloth_factory.training.loop import train
+from unsloth_factory.training.methods import Dpo
+
+
+def loaded(folder: Path, engine: str, adapter: Path | None = None, **tuning: Any) -> Any:
+    settings = TuningSettings(lora_r=4, **tuning)
+    return load_model(
+        ModelSettings(model=str(folder), engine=engine, adapter=str(adapter) if adapter else None),
+        quantization_bit=settings.quantization_bit,
+        dtype=torch.float32,
+        for_training=True,
+        tuning=settings,
+        device=CPU,
+    )
+
+
+def losses(folder: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("changes", [{}, {"loop": {"no_packing": True}}, {"method": Dpo(), "train_items": pairs(18)}])
+@pytest.mark.parametrize("bits", [None, 4])
+def test_the_curve_is_that_of_the_standard_engine(tmp_path, job_in, random_model_dir, changes, bits):
+    for engine in ("standard", "fast"):
+        model = loaded(random_model_dir, engine, quantization_bit=bits)
+        train(job_in(tmp_path / engine, loaded=model, **changes))
+    assert losses(tmp_path / "fast") == pytest.approx(losses(tmp_path / "standard"), rel=2e-4)
+    files = [sorted(p.name for p in (tmp_path / engine / "final_adapter").iterdir()) for engine in ("standard", "fast")]
+    assert files[0] == files[1]
+
+
+@pytest.mark.parametrize("changes", [{}, {"method": Dpo(), "train_items": pairs(18)}])
+def test_samples_put_together_change_nothing_but_rounding(tmp_path, job_in, random_model_dir, changes, monkeypatch):
+    seen: dict[str, list[int]] = {"given": [], "merged": []}
+    for name, budget in (("given", None), ("merged", 150)):
+        monkeypatch.setattr(LoadedModel, "token_budget", property(lambda _, budget=budget: budget))
+        job = job_in(tmp_path / name, loaded=loaded(random_model_dir, "fast"), **changes)
+        loss = job.method.loss
+        job.method.loss = lambda model, batch, name=name, loss=loss: (
+            seen[name].append(len(batch.sources)),
+            loss(model, batch),
+        )[1]
+        train(job)
+        job.method.loss = loss
+    assert losses(tmp_path / "merged") == pytest.approx(losses(tmp_path / "given"), rel=1e-4)
+    assert max(seen["merged"]) > max(seen["given"])
+    state = json.loads(next((tmp_path / "merged").rglob("state.json")).read_text())
+    assert state["loop"]["merged_tokens"] == 150
+
+
+def test_its_adapter_goes_into_the_other_engine(tmp_path, job_in, random_model_dir):
+    train(job_in(tmp_path / "fast", loaded=loaded(random_model_dir, "fast")))
+    ids = torch.arange(5, 25)[None]
+    hidden = []
+    for engine in ("standard", "fast"):
+        model = loaded(random_model_dir, engine, adapter=tmp_path / "fast" / "final_adapter")
+        with torch.no_grad():
+            hidden.append(model.hidden_states(ids, torch.arange(20)[None], None))
+    assert torch.allclose(*hidden, atol=1e-4)
+
+
+def test_what_it_cannot_do_is_refused(random_model_dir):
+    with pytest.raises(UsageError, match="--engine fast cannot run .*lora_dropout"):
+        loaded(random_model_dir, "fast", lora_dropout=0.1)
+    with pytest.raises(UsageError, match="--engine fast cannot run .*--finetuning_type full"):
+        loaded(random_model_dir, "fast", finetuning_type="full")

@@ -1,0 +1,229 @@
+"""One decoder layer, forwards and backwards, with an explicit choice of what is kept in between.
+
+    a = attention(rotate(norm(x) W_qkv));  m = x + a W_o;  y = m + swiglu(norm(m) W_gu) W_d
+
+What every choice recomputes is cheap arithmetic without products: norms, head norms, rotation, SwiGLU. Saved numbers a
+token, 2 bytes each, for Qwen3-8B: KEEP 43 k (86 KB), DROP_GATE_UP 18.6 k, RECOMPUTE 4 k.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+
+from unsloth_factory.kernels import attention, rms_norm, rotary, swiglu
+from unsloth_factory.kernels.attention import Attended, Documents
+from unsloth_factory.model.fast.arena import Arena
+from unsloth_factory.model.fast.linear import FusedLinear
+from unsloth_factory.model.fast.spec import DecoderSpec
+
+
+class Saving(Enum):
+    """What a layer keeps of its forward pass."""
+
+    KEEP = "keep"
+    """Everything that a product has made."""
+    DROP_GATE_UP = "drop_gate_up"
+    """All but the widest: the gate-up product, half of the layer's arithmetic, runs once more."""
+    RECOMPUTE = "recompute"
+    """The layer's input alone; all products but the last run once more."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """What all layers share: the positions and the documents of the packed row."""
+
+    cos: torch.Tensor
+    """float32 [T, D/2]"""
+    sin: torch.Tensor
+    documents: Documents
+    arena: Arena | None = None
+    """Where what is kept lies; None: in memory of its own."""
+
+
+@dataclass
+class Saved:
+    """The tensors a layer keeps; None where they are recomputed."""
+
+    x: torch.Tensor
+    """[T, h] input"""
+    qkv: torch.Tensor | None = None
+    attended: Attended | None = None
+    middle: torch.Tensor | None = None
+    """[T, h] after attention and its residual"""
+    gate_up: torch.Tensor | None = None
+    t: dict[str, torch.Tensor | None] | None = None
+    """x A^T of each fused projection: "qkv", "out", "gate_up", "down"."""
+
+
+@dataclass
+class Norms:
+    """The weights of a layer's norms."""
+
+    attention: torch.Tensor
+    mlp: torch.Tensor
+    head: rotary.HeadNorm | None
+
+
+class Layer:
+    """One layer's frozen weights and its arithmetic."""
+
+    def __init__(
+        self, spec: DecoderSpec, norms: Norms, qkv: FusedLinear, out: FusedLinear, gate_up: FusedLinear,
+        down: FusedLinear,
+    ) -> None:  # fmt: skip
+        self.spec = spec
+        self.norms = norms
+        self.qkv, self.out, self.gate_up, self.down = qkv, out, gate_up, down
+
+    @property
+    def projections(self) -> dict[str, FusedLinear]:
+        """The four fused projections by name."""
+        return {"qkv": self.qkv, "out": self.out, "gate_up": self.gate_up, "down": self.down}
+
+    def forward(
+        self, x: torch.Tensor, row: Row, *, saving: Saving | None, lora: bool = True
+    ) -> tuple[torch.Tensor, Saved | None]:
+        """(y [T, h], what the backward pass needs); saving None keeps nothing."""
+        arena = row.arena if saving is not None else None
+        saved = Saved(x, t={}) if saving in (Saving.KEEP, Saving.DROP_GATE_UP) else None
+        middle = self._attention(x, row, saved, lora, arena if saved is not None else None)
+        normed = self.normed(middle, self.norms.mlp, self.gate_up)
+        room = self.gate_up.output(len(x), arena if saving is Saving.KEEP else None)
+        gate_up = self.gate_up.forward(normed, lora=lora, out=self.gate_up.y_of(room))
+        t = _copy(self.gate_up.t_of(normed)) if saving is not None else None
+        del normed
+        activated = self._activated(gate_up)
+        out = arena.take(*x.shape) if arena is not None else None
+        y = self.down.forward(activated, lora=lora, residual=middle, out=out)
+        if saving is None:
+            return y, None
+        saved = saved or Saved(x, t={})
+        assert saved.t is not None
+        saved.t |= {"gate_up": t, "down": _copy(self.down.t_of(activated))}
+        if saving is Saving.KEEP:
+            saved.gate_up = gate_up
+        return y, saved
+
+    def normed(self, x: torch.Tensor, weight: torch.Tensor, taker: FusedLinear) -> torch.Tensor:
+        """The norm of x, as the input of a projection."""
+        wide = taker.input(len(x))
+        rms_norm.rms_norm(x, weight, self.spec.eps, taker.x_of(wide))
+        return wide
+
+    def after_attention(self, x: torch.Tensor, attended: torch.Tensor, lora: bool) -> torch.Tensor:
+        """Output [T, h] from the layer's input and its attention's output [T, Hq D]; nothing is kept."""
+        wide = self.out.input(len(x))
+        self.out.x_of(wide).copy_(attended)
+        middle = self.out.forward(wide, lora=lora, residual=x)
+        gate_up = self.gate_up.forward(self.normed(middle, self.norms.mlp, self.gate_up), lora=lora)
+        return self.down.forward(self._activated(gate_up), lora=lora, residual=middle)
+
+    def _activated(self, gate_up: torch.Tensor) -> torch.Tensor:
+        wide = self.down.input(len(gate_up))
+        swiglu.swiglu(gate_up, self.down.x_of(wide))
+        return wide
+
+    def _attention(
+        self, x: torch.Tensor, row: Row, saved: Saved | None, lora: bool, arena: Arena | None
+    ) -> torch.Tensor:
+        """[T, h] after attention and its residual; fills `saved`, from the arena if there is one."""
+        heads = self.spec.heads
+        normed = self.normed(x, self.norms.attention, self.qkv)
+        qkv = self.qkv.forward(normed, lora=lora, out=self.qkv.y_of(self.qkv.output(len(x), arena)))
+        q, k = rotary.rotary(qkv, row.cos, row.sin, heads, self.norms.head)
+        attended = attention.attention(q, k, rotary.split(qkv, heads)[2], row.documents)
+        del q, k
+        wide = self.out.input(len(x), arena)
+        self.out.x_of(wide).copy_(attended.out.flatten(1))
+        out = arena.take(*x.shape) if arena is not None else None
+        middle = self.out.forward(wide, lora=lora, residual=x, out=out)
+        if saved is not None:
+            assert saved.t is not None
+            # the projection's input is kept in the place of the kernel's output
+            output = self.out.x_of(wide).unflatten(1, (heads.queries, heads.size))
+            saved.attended = Attended(output, attended.lse, attended.seeds)
+            saved.qkv, saved.middle = qkv, middle
+            saved.t |= {"qkv": _copy(self.qkv.t_of(normed)), "out": self.out.t_of(wide)}
+        return middle
+
+    def backward(self, dy: torch.Tensor, saved: Saved, row: Row, below: FusedLinear | None) -> torch.Tensor:
+        """Gradient at the layer's input; LoRA gradients are added up in the parameters. `saved` is used up.
+
+        Args:
+            dy: `down.output` with the gradient at the layer's output in its first h columns.
+            saved: Of the forward pass.
+            row: As there.
+            below: The projection whose output the layer's input is: the gradient comes in its `output`. None: [T, h].
+        """
+        if saved.qkv is None:
+            self._attention(saved.x, row, saved, lora=True, arena=None)
+        dmiddle = self._mlp_backward(dy, saved)
+        return self._attention_backward(dmiddle, saved, row, below)
+
+    def _mlp_backward(self, dy: torch.Tensor, saved: Saved) -> torch.Tensor:
+        """Gradient at the residual between attention and MLP, in `out.output`."""
+        assert saved.middle is not None
+        assert saved.t is not None
+        normed = self.normed(saved.middle, self.norms.mlp, self.gate_up)
+        gate_up = saved.gate_up
+        if gate_up is None:
+            gate_up = self.gate_up.forward(normed, out=self.gate_up.y_of(self.gate_up.output(len(normed))))
+            saved.t["gate_up"] = self.gate_up.t_of(normed)
+        saved.gate_up = None
+        dh = self.down.input_gradient(dy)
+        h = swiglu.swiglu_backward(dh, gate_up)
+        del dh
+        self.down.add_gradients(dy, h, saved.t["down"])
+        del h
+        dgate_up = _room(gate_up, self.gate_up)
+        dnormed = self.gate_up.input_gradient(dgate_up)
+        self.gate_up.add_gradients(dgate_up, self.gate_up.x_of(normed), saved.t["gate_up"])
+        del gate_up, dgate_up, normed
+        dmiddle = self.out.output(len(dy))
+        rms_norm.rms_norm_backward(
+            dnormed, saved.middle, self.norms.mlp, self.spec.eps,
+            residual=self.down.y_of(dy), out=self.out.y_of(dmiddle),
+        )  # fmt: skip
+        return dmiddle
+
+    def _attention_backward(
+        self, dmiddle: torch.Tensor, saved: Saved, row: Row, below: FusedLinear | None
+    ) -> torch.Tensor:
+        """Gradient at the layer's input, in `below.output`."""
+        assert saved.qkv is not None
+        assert saved.attended is not None
+        assert saved.t is not None
+        heads = self.spec.heads
+        dattended = self.out.input_gradient(dmiddle)
+        self.out.add_gradients(dmiddle, saved.attended.out.flatten(1), saved.t["out"])
+        q, k = rotary.rotary(saved.qkv, row.cos, row.sin, heads, self.norms.head)
+        v = rotary.split(saved.qkv, heads)[2]
+        gradients = attention.attention_backward(dattended.view(q.shape), q, k, v, saved.attended, row.documents)
+        del q, k, v, dattended
+        saved.attended = None
+        rotary.rotary_backward(gradients, saved.qkv, row.cos, row.sin, heads, self.norms.head)
+        del gradients
+        dqkv = _room(saved.qkv, self.qkv)
+        saved.qkv = None
+        dnormed = self.qkv.input_gradient(dqkv)
+        normed = rms_norm.rms_norm(saved.x, self.norms.attention, self.spec.eps)
+        self.qkv.add_gradients(dqkv, normed, saved.t["qkv"])
+        dx = below.output(len(normed)) if below is not None else torch.empty_like(saved.x)
+        rms_norm.rms_norm_backward(
+            dnormed, saved.x, self.norms.attention, self.spec.eps,
+            residual=self.out.y_of(dmiddle), out=dx if below is None else below.y_of(dx),
+        )  # fmt: skip
+        return dx
+
+
+def _copy(t: torch.Tensor | None) -> torch.Tensor | None:
+    """A small tensor of its own, so that the input that it lies in can go."""
+    return None if t is None else t.clone()
+
+
+def _room(y: torch.Tensor, maker: FusedLinear) -> torch.Tensor:
+    """The `output` [T, N + R] whose y [T, N] this is."""
+    return y.as_strided((len(y), maker.outputs + maker.rank), y.stride(), y.storage_offset())
