@@ -112,6 +112,28 @@ def test_time_spans(text: str, seconds: float, tmp_path: Path) -> None:
     assert parse(SftConfig, [str(tmp_path / "job.yaml")]).config.run.time_budget == seconds
 
 
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [("14.5GiB", 29 * 2**29), ("16 gb", 16 * 10**9), ("8000MiB", 8000 * 2**20), (str(3 * 2**30), 3 * 2**30)],
+)
+def test_amounts_of_memory(text: str, count: int, tmp_path: Path) -> None:
+    assert parse(SftConfig, ["--max_memory", text]).config.model.max_memory == count
+    (tmp_path / "job.yaml").write_text(f"max_memory: {text}\n")
+    assert parse(SftConfig, [str(tmp_path / "job.yaml")]).config.model.max_memory == count
+
+
+@pytest.mark.parametrize("text", ["14.5", "16", "-3GiB", "1e9", "much", "true", "1GiB"])
+def test_amounts_that_are_none(text: str) -> None:
+    with pytest.raises(UsageError, match="--max_memory"):
+        parse(SftConfig, ["--max_memory", text])
+
+
+def test_low_memory_is_the_fast_engines() -> None:
+    with pytest.raises(UsageError, match="--low_memory true: needs --engine fast"):
+        parse(SftConfig, ["--low_memory"])
+    assert parse(SftConfig, ["--low_memory", "--engine", "fast"]).config.model.low_memory
+
+
 def test_all_mistakes_at_once() -> None:
     with pytest.raises(UsageError) as caught:
         parse(SftConfig, ["--epoch", "x", "--lora_r", "0.5", "--seed", "true"])

@@ -12,6 +12,7 @@ from unsloth_factory.config.settings import TuningSettings
 from unsloth_factory.kernels.attention import Documents
 from unsloth_factory.kernels.rotary import Heads
 from unsloth_factory.model.fast.arena import Arena
+from unsloth_factory.model.fast.embedding import HostEmbedding
 from unsloth_factory.model.fast.layer import Row, Saving
 from unsloth_factory.model.fast.load import FolderWeights, load_fast
 from unsloth_factory.model.fast.planner import divide, saved_numbers
@@ -113,6 +114,28 @@ def test_what_is_kept_lies_in_the_arena(random_model_dir, plan):
 def planned(decoder: Any, plan: list[Saving]) -> int:
     """Numbers a token that the planner expects in the arena; log-sum-exps and copies of t lie elsewhere."""
     return sum(saved_numbers(decoder.spec, saving, decoder.planner.extra) for saving in plan)
+
+
+def test_low_memory(family_dir):
+    """The embedding elsewhere, every layer recomputed: the same bits."""
+    from transformers import AutoConfig
+
+    folder = family_dir("llama")
+    config = AutoConfig.from_pretrained(folder)
+    assert not config.tie_word_embeddings
+    found = []
+    for low_memory in (False, True):
+        model = load_fast(FolderWeights(folder, CPU, torch.float32), config, quantized=True, low_memory=low_memory)
+        model = attach_lora(model, TUNING, 7)
+        decoder = model.get_base_model().model
+        decoder.bind()
+        found.append(run(model.train(), packed_inputs()))
+    assert isinstance(decoder.embed_tokens, HostEmbedding)
+    assert decoder.planner.plan(20) == [Saving.RECOMPUTE] * 2
+    assert decoder.planner.room(20) < 2 * 20 * 2 * 64 * 2 + 2**18
+    assert torch.equal(found[0][0], found[1][0])
+    assert all(torch.equal(found[0][1][name], found[1][1][name]) for name in found[0][1])
+    assert decoder.embed_tokens.to(torch.float16).weight.dtype == torch.float32  # it stays as and where it is
 
 
 def test_the_planner_spends_what_there_is():

@@ -8,7 +8,7 @@ from unsloth_factory.config.errors import UsageError, UserError
 from unsloth_factory.config.settings import ModelSettings, TuningSettings
 from unsloth_factory.model import device as device_module
 from unsloth_factory.model.device import default_quantization, pick_device_dtype
-from unsloth_factory.model.load import load_model
+from unsloth_factory.model.load import limit_memory, load_model
 
 FAMILIES = ("qwen2", "qwen3", "llama", "mistral")
 FIRST, SECOND = [5, 9, 40, 77, 3, 21, 8], [60, 2, 33, 90, 14]
@@ -81,6 +81,20 @@ def test_generation_defaults(load):
 def test_engine_that_is_not_here_is_an_error(engine):
     with pytest.raises(UsageError, match=rf"--engine {engine}: not in this version.*--engine standard"):
         load_model(ModelSettings(model="tiny", engine=engine))
+
+
+def test_max_memory(monkeypatch, random_model_dir):
+    settings = ModelSettings(model=str(random_model_dir), max_memory=2 * 2**30)
+    assert any("--max_memory" in note for note in load_model(settings, device=torch.device("cpu")).notes)
+    asked = []
+    properties = type("Properties", (), {"total_memory": 4 * 2**30})
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda *given: asked.append(given))
+    card = torch.device("cuda", 0)
+    assert limit_memory(2 * 2**30, card) == []
+    assert asked == [(0.5, card)]
+    with pytest.raises(UsageError, match=r"--max_memory 5.0GiB: the GPU has 4.0 GiB"):
+        limit_memory(5 * 2**30, card)
 
 
 def test_auto_says_why(load):

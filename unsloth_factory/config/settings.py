@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from unsloth_factory.config.errors import UsageError
-from unsloth_factory.config.values import Seconds
+from unsloth_factory.config.values import Bytes, Seconds
 
 Engine = Literal["auto", "fast", "unsloth", "standard"]
 FinetuningType = Literal["lora", "full", "freeze"]
@@ -48,8 +48,17 @@ class ModelSettings:
     """Where a hub id is looked up."""
     engine: Engine = "auto"
     """Which implementation runs the model; auto prints its choice and the reason."""
+    low_memory: bool = False
+    """Take as little GPU memory as --engine fast can: the embedding stays in the CPU's, every layer is recomputed."""
+    max_memory: Bytes | None = None
+    """Most GPU memory that this process may take, such as 14.5GiB; 1.5 GiB is the least."""
     chat_template: str | None = None
     """Chat template for a base model without one: a built-in name (chatml) or a Jinja file."""
+
+    def __post_init__(self) -> None:
+        _require(not self.low_memory or self.engine == "fast", "low_memory", "true", "needs --engine fast.")
+        least = 3 * 2**29
+        _require(self.max_memory is None or self.max_memory >= least, "max_memory", self.max_memory, "at least 1.5GiB.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,10 +11,15 @@ from typing import Any, Literal, NewType, Union, get_args, get_origin
 Seconds = NewType("Seconds", float)
 """Annotation of a field that holds a time span: a number of seconds, given as 90, 90s, 5m, 2.5h or 1h30m."""
 
+Bytes = NewType("Bytes", int)
+"""Annotation of a field that holds an amount of memory: 14.5GiB, 16GB, 8000MiB, or a number of bytes."""
+
 LARGEST_INT = 2**63 - 1  # what torch, numpy and the file formats hold
 TRUE_WORDS = {"true", "yes", "on", "1"}
 FALSE_WORDS = {"false", "no", "off", "0"}
 UNIT_SECONDS = {"d": 86400.0, "h": 3600.0, "m": 60.0, "s": 1.0}
+UNIT_BYTES = {"": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
+AMOUNT = re.compile(r"(\d+(?:\.\d+)?)([kmg]i?b)?")
 TIME_SPAN = re.compile(r"(?:([\d.]+)d)?(?:([\d.]+)h)?(?:([\d.]+)m)?(?:([\d.]+)s?)?")
 
 
@@ -55,6 +60,8 @@ def convert(value: Any, annotation: Any) -> Any:
         return _number(value)
     if target is Seconds:
         return _seconds(value)
+    if target is Bytes:
+        return _bytes(value)
     if get_origin(target) is dict:
         return _mapping(value)
     if isinstance(value, list) and all(_is_plain(item) for item in value):
@@ -120,6 +127,13 @@ def _seconds(value: Any) -> float:
     if isinstance(value, bool) or not parts or not any(parts.groups()):
         raise BadValue("must be a time span such as 90 (seconds), 90s, 5m, 2.5h or 1h30m")
     return sum(_number(part) * unit for part, unit in zip(parts.groups(), UNIT_SECONDS.values(), strict=True) if part)
+
+
+def _bytes(value: Any) -> int:
+    parts = AMOUNT.fullmatch(str(value).replace(" ", "").lower())
+    if isinstance(value, bool) or not parts:
+        raise BadValue("must be an amount of memory such as 14.5GiB, 16GB, 8000MiB or a number of bytes")
+    return int(float(parts[1]) * UNIT_BYTES[parts[2] or ""])
 
 
 def _mapping(value: Any) -> dict[str, str]:

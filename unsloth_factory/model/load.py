@@ -91,12 +91,16 @@ def load_model(
         _require_bitsandbytes()
     picked_device, picked_dtype, device_reason = pick_device_dtype()
     device, dtype = device or picked_device, dtype or picked_dtype
+    if settings.max_memory is not None:
+        notes += limit_memory(settings.max_memory, device)
     refuse_damaged(folder)
     refuse_nonfinite(shard_paths(folder))
     # Full training wants the stored values in float32, not what a 16-bit dtype leaves of them.
     stored = torch.float32 if tunes_base and tuning.finetuning_type == "full" else dtype
     with quiet_libraries():
-        read = partial(_read_fast, tuning=tuning if for_training else None) if engine == "fast" else load_base
+        read: Callable[..., Any] = load_base
+        if engine == "fast":
+            read = partial(_read_fast, tuning=tuning if for_training else None, low_memory=settings.low_memory)
         model = _load_within_memory(read, folder, quantization_bit, device, stored)
         loaded = LoadedModel(
             model=model,
@@ -127,6 +131,21 @@ def quantization_record(folder: Path, dtype: torch.dtype) -> dict[str, Any]:
     return record | {"stored": is_prequantized(folder)}
 
 
+def limit_memory(most: int, device: torch.device) -> list[str]:
+    """Let this process take no more of the GPU than `most` bytes; notes where that means nothing.
+
+    Raises:
+        UsageError: It is more than the GPU has.
+    """
+    if device.type != "cuda":
+        return ["--max_memory limits the memory of a GPU; there is none in use."]
+    total = torch.cuda.get_device_properties(device).total_memory
+    if most > total:
+        raise UsageError(f"--max_memory {most / 2**30:.1f}GiB: the GPU has {total / 2**30:.1f} GiB.")
+    torch.cuda.set_per_process_memory_fraction(most / total, device)
+    return []
+
+
 def _check_base_can_train(tuning: TuningSettings, name: str, quantized: bool, adapter: Path | None) -> None:
     kind = tuning.finetuning_type
     if quantized:
@@ -155,6 +174,7 @@ def _read_fast(
     device: torch.device,
     dtype: torch.dtype,
     tuning: TuningSettings | None,
+    low_memory: bool,
 ) -> Any:
     """The fast engine's model.
 
@@ -176,7 +196,8 @@ def _read_fast(
         reason = f"--lora_dropout {tuning.lora_dropout:g}"
     if reason is not None:
         raise UsageError(f"--engine fast cannot run {folder.name}: {reason}. Use --engine standard.")
-    return load_fast(FolderWeights(folder, device, dtype), config, quantized=quantization_bit is not None)
+    weights = FolderWeights(folder, device, dtype)
+    return load_fast(weights, config, quantized=quantization_bit is not None, low_memory=low_memory)
 
 
 def _load_within_memory(

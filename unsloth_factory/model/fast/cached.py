@@ -30,7 +30,7 @@ def cached_forward(
     if position_ids is None:
         position_ids = torch.arange(past, past + new, device=input_ids.device).expand(batch, new)
     mask = _mask(attention_mask, past, new, input_ids.device)
-    x = decoder.embed_tokens(input_ids).reshape(batch * new, -1)
+    x = decoder.embed(input_ids).reshape(batch * new, -1)
     cos, sin = decoder.table.of(position_ids.reshape(-1))
     for index, layer in enumerate(decoder.stack):
         x = _layer(layer, x, (cos, sin), mask, (cache, index, batch), decoder.lora)

@@ -17,6 +17,7 @@ from unsloth_factory.kernels.attention import Documents
 from unsloth_factory.kernels.shadows import Shadow, Shadows
 from unsloth_factory.kernels.transfer import to_device
 from unsloth_factory.model.fast.cached import cached_forward
+from unsloth_factory.model.fast.embedding import HostEmbedding
 from unsloth_factory.model.fast.gradients import Gradients
 from unsloth_factory.model.fast.graphs import Graphs
 from unsloth_factory.model.fast.layer import Layer, Row, Saved, Saving
@@ -118,13 +119,17 @@ class FastDecoder(nn.Module):
         flat = [x.reshape(-1) if real is None else x.reshape(-1)[real] for x in (input_ids, position_ids)]
         device = self.norm.weight.device
         lengths = document_lengths(flat[1], None if real is None else real // width, width if real is None else None)
-        ids, positions = (to_device(x, device) for x in flat)
+        positions = to_device(flat[1], device)
         row = Row(*self.table.of(positions), Documents.of(lengths, device))
-        hidden = self._run(self.embed_tokens(ids), row)
+        hidden = self._run(self.embed(flat[0]), row)
         if real is None:
             return hidden.view(batch, width, -1)
         spread = hidden.new_zeros(batch * width, hidden.shape[-1])
         return spread.index_copy(0, to_device(real, device), hidden).view(batch, width, -1)
+
+    def embed(self, ids: torch.Tensor) -> torch.Tensor:
+        """Rows of the embedding on the device, [..., h], of ids int64 on either."""
+        return self.embed_tokens(ids if isinstance(self.embed_tokens, HostEmbedding) else to_device(ids, self._device))
 
     def _run(self, x: torch.Tensor, row: Row) -> torch.Tensor:
         """[T, h] -> normed [T, h]"""

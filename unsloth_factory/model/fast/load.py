@@ -17,6 +17,7 @@ from torch import nn
 from unsloth_factory.config.errors import UserError
 from unsloth_factory.kernels.rotary import HeadNorm
 from unsloth_factory.model.fast.decoder import FastDecoder
+from unsloth_factory.model.fast.embedding import HostEmbedding
 from unsloth_factory.model.fast.layer import Layer, Norms
 from unsloth_factory.model.fast.linear import FusedLinear, Part
 from unsloth_factory.model.fast.quantize import quantize, stack
@@ -52,13 +53,15 @@ class FolderWeights:
         return self._open[shard].get_tensor(name).to(device=self.device).to(self.dtype)
 
 
-def load_fast(weights: Any, config: Any, *, quantized: bool) -> Any:
+def load_fast(weights: Any, config: Any, *, quantized: bool, low_memory: bool = False) -> Any:
     """Build the model from its tensors.
 
     Args:
         weights: `FolderWeights`, or anything else with its `get`, `device` and `dtype`.
         config: The model's transformers configuration; `spec.why_not` has nothing against it.
         quantized: NF4 with double quantisation, otherwise the computation dtype.
+        low_memory: The embedding stays in the CPU's memory, unless the output projection needs it; all layers are
+            recomputed.
 
     Returns:
         transformers' causal language model whose `model` is a `FastDecoder`; nothing trains yet. After LoRA matrices
@@ -74,7 +77,11 @@ def load_fast(weights: Any, config: Any, *, quantized: bool) -> Any:
     with torch.device("meta"):
         model = auto.from_config(config, dtype=weights.dtype)
     inner = model.model
-    _set(inner.embed_tokens, weights.get("model.embed_tokens.weight"))
+    embedding = weights.get("model.embed_tokens.weight")
+    _set(inner.embed_tokens, embedding)
+    if low_memory and not spec.tied:
+        inner.embed_tokens = HostEmbedding(embedding.cpu(), weights.device)
+    del embedding
     _set(inner.norm, weights.get("model.norm.weight"))
     layers = [
         _layer(inner.layers[index], f"model.layers.{index}.", weights, spec, quantized) for index in range(spec.layers)
@@ -84,6 +91,8 @@ def load_fast(weights: Any, config: Any, *, quantized: bool) -> Any:
     else:
         _set(model.lm_head, weights.get("lm_head.weight"))
     model.model = FastDecoder(inner, spec, layers, weights.device)
+    if low_memory:
+        model.model.planner.recompute_all()
     return model.eval().requires_grad_(False)
 
 

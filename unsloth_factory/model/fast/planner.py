@@ -12,6 +12,8 @@ RESERVE = 900 * 2**20
 
 STEP = 256
 """Tokens: micro-batches are planned, and their graphs made, for multiples of it."""
+ROUNDING = 2**17
+"""Bytes that some hundred tensors of an arena may lose to alignment."""
 MOST_TOKENS = 16_384
 """Of a micro-batch that is put together here: larger ones are no faster."""
 
@@ -46,8 +48,8 @@ class Planner:
 
     @property
     def comfortable(self) -> int | None:
-        """The most tokens, a multiple of `STEP`, for which every layer keeps all; None where memory is not planned."""
-        if self.device.type != "cuda":
+        """The most tokens, a multiple of `STEP`, for which every layer keeps all; None where that is not planned."""
+        if self.device.type != "cuda" or self.forced is not None:
             return None
         tokens = STEP
         while self._keeps_all(tokens + STEP):
@@ -55,11 +57,14 @@ class Planner:
         return tokens
 
     def _keeps_all(self, tokens: int) -> bool:
-        choices = divide(self.spec, tokens, self.room(tokens), 2, self.extra)
+        choices = divide(self.spec, tokens, self.room(tokens) - ROUNDING, 2, self.extra)
         return tokens <= MOST_TOKENS and all(choice is Saving.KEEP for choice in choices)
 
     def room(self, tokens: int) -> int:
         """Bytes for the activations of a micro-batch."""
+        if self.forced is not None:
+            plan = self.plan(tokens)
+            return ROUNDING + 2 * tokens * sum(saved_numbers(self.spec, saving, self.extra) for saving in plan)
         if self.arena is not None:
             return self.arena
         if self.budget is None:
@@ -75,7 +80,7 @@ class Planner:
             return [self.forced] * self.spec.layers
         if self.device.type != "cuda":
             return [Saving.KEEP] * self.spec.layers
-        return divide(self.spec, tokens, self.room(tokens), 2, self.extra)
+        return divide(self.spec, tokens, self.room(tokens) - ROUNDING, 2, self.extra)
 
 
 def divide(spec: DecoderSpec, tokens: int, budget: int, size: int, extra: int = 0) -> list[Saving]:
