@@ -1,15 +1,15 @@
 """QLoRA of 8B shapes under a memory cap: this project's engines and its rivals, a process each, on the same length mix.
 
-    python benchmarks/plan_accuracy.py make /tmp/models 8B                  # random weights, 16 GB
-    python benchmarks/engine.py uf      /tmp/models/8B /tmp/runs --engine fast --mix mean900 --cap 14.5
-    python benchmarks/engine.py unsloth /tmp/models/8B /tmp/runs --cap 14.5
-    python benchmarks/engine.py table   results.jsonl                       # -> benchmarks/results/engine.json, a table
+    python benchmarks/engine.py make  /tmp/qwen3-8b              # random weights, 16 GB; or qwen2-7b, llama-3.1-8b
+    python benchmarks/engine.py uf    /tmp/qwen3-8b /tmp/runs --engine fast --mix mean900 --cap 14.5
+    python benchmarks/engine.py peer  /tmp/qwen3-8b /tmp/runs --rival unsloth --cap 14.5   # or liger, transformers
+    python benchmarks/engine.py table results.jsonl              # -> benchmarks/results/engine.json, a table
 
 A mix is log-normal (mean 900, median 700, clipped to 64..4,096 tokens; or mean 200, 16..1,024), half of each sample
 trained, 32 samples an optimizer step, LoRA r = 16 on all linear layers, AdamW 8 bit. `uf` runs the real command and
-reads its metrics.jsonl: real tokens a second, the median of the steps from the third on. `unsloth` runs its model with
-its fused kernels on whole rows without any padding or borders between documents, which flatters it; both of its
-settings, with its checkpointing and without. Figures only compare within one run of the machine.
+reads its metrics.jsonl: real tokens a second, the median of the steps from the third on. `peer` runs another library's
+model on whole rows without any padding or borders between documents, which flatters it; with its checkpointing, or
+without (--setting none). Figures only compare within one run of the machine.
 """
 
 from __future__ import annotations
@@ -37,6 +37,27 @@ TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 SAMPLES, WARM = 32, 2
 MIXES = {"mean900": (900, 64, 4096), "mean200": (200, 16, 1024)}
 ROWS = {"checkpointing": ((1, 4096), (2, 2048)), "none": ((1, 1024), (1, 2048))}
+
+
+QWEN_ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0}}
+SHAPES: dict[str, dict[str, Any]] = {
+    "qwen3-8b": QWEN_ROPE | {
+        "model_type": "qwen3", "vocab_size": 151936, "hidden_size": 4096, "intermediate_size": 12288,
+        "num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128,
+    },
+    "qwen2-7b": QWEN_ROPE | {
+        "model_type": "qwen2", "vocab_size": 152064, "hidden_size": 3584, "intermediate_size": 18944,
+        "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4,
+    },
+    "llama-3.1-8b": {
+        "model_type": "llama", "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336,
+        "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "rms_norm_eps": 1e-5,
+        "rope_parameters": {
+            "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
+        },
+    },
+}  # fmt: skip
 
 
 def mix(name: str, count: int, seed: int = 3407) -> list[int]:
@@ -119,7 +140,7 @@ def _watch(given: argparse.Namespace, run: Path, started: float) -> None:
             first = time.time() - started
     speeds = [json.loads(line)["tokens_per_second"] for line in path.read_text().splitlines()]
     report(
-        model=given.name, rival=given.engine, mix=given.mix, cap_gib=given.cap,
+        model=given.model.name, rival=given.engine, mix=given.mix, cap_gib=given.cap,
         setting=f"--batch_size {given.batch_size}",
         tokens_per_second=round(statistics.median(speeds[WARM:])), speeds=[round(speed) for speed in speeds],
         peak_gib=round(torch.cuda.max_memory_reserved() / 2**30, 2), first_step_s=round(first or 0, 1),
@@ -127,27 +148,87 @@ def _watch(given: argparse.Namespace, run: Path, started: float) -> None:
     os._exit(0)
 
 
-def unsloth(given: argparse.Namespace) -> None:
-    """Unsloth's model on whole rows."""
-    import bitsandbytes
-    import torch
-    from unsloth import FastLanguageModel  # first of all: it patches what is imported later
+def make(folder: Path) -> None:
+    """A model folder named as one of `SHAPES`, with random weights and the bundled tokenizer."""
+    import shutil
 
-    cap(given.cap)
-    started = time.time()
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from benchmarks.plan_accuracy import write_weights
+
+    if (folder / "model.safetensors").is_file():
+        return
+    values = {"max_position_embeddings": 40960, "bos_token_id": None, "eos_token_id": 2, "tie_word_embeddings": False}
+    config = AutoConfig.for_model(**values | SHAPES[folder.name], dtype="bfloat16")
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    folder.mkdir(parents=True, exist_ok=True)
+    config.architectures = [type(model).__name__]
+    config.save_pretrained(folder)
+    for path in TINY.iterdir():
+        if path.name.startswith(("tokenizer", "chat_template", "generation_config")):
+            shutil.copy(path, folder)
+    write_weights(folder / "model.safetensors", {name: list(p.shape) for name, p in model.named_parameters()})
+
+
+def load_unsloth(given: argparse.Namespace) -> Any:
+    """Unsloth's model, as its notebooks set it up."""
+    import torch
+    from unsloth import FastLanguageModel
+
     model, _ = FastLanguageModel.from_pretrained(
         str(given.model), max_seq_length=8192, dtype=torch.bfloat16, load_in_4bit=True, local_files_only=True
     )
-    model = FastLanguageModel.get_peft_model(
+    return FastLanguageModel.get_peft_model(
         model, r=16, target_modules=TARGETS, lora_alpha=16, lora_dropout=0, bias="none", random_state=3407,
         use_gradient_checkpointing="unsloth" if given.setting == "checkpointing" else False,
     )  # fmt: skip
+
+
+def load_transformers(given: argparse.Namespace) -> Any:
+    """Transformers + peft + bitsandbytes as LLaMA-Factory sets them up, with Liger's kernels for the rival "liger"."""
+    import peft
+    import torch
+    import transformers
+
+    if given.rival == "liger":
+        import liger_kernel.transformers as liger
+
+        kind = json.loads((given.model / "config.json").read_text())["model_type"]
+        getattr(liger, f"apply_liger_kernel_to_{kind}")()
+    bits = transformers.BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )  # fmt: skip
+    auto: Any = transformers.AutoModelForCausalLM
+    model = auto.from_pretrained(
+        given.model, quantization_config=bits, dtype=torch.bfloat16, device_map={"": 0}, attn_implementation="sdpa"
+    )
+    model.enable_input_require_grads()
+    if given.setting == "checkpointing":
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.config.use_cache = False
+    lora = peft.LoraConfig(r=16, lora_alpha=16, target_modules=TARGETS, task_type="CAUSAL_LM")
+    return peft.get_peft_model(model, lora)
+
+
+def peer(given: argparse.Namespace) -> None:
+    """Another library's model on whole rows."""
+    if given.rival == "unsloth":
+        import unsloth  # noqa: F401  first of all: it patches what is imported later
+    import bitsandbytes
+    import torch
+
+    cap(given.cap)
+    started = time.time()
+    model = (load_unsloth if given.rival == "unsloth" else load_transformers)(given)
     model.train()
     loaded = time.time() - started
     optimizer = bitsandbytes.optim.AdamW8bit([p for p in model.parameters() if p.requires_grad], lr=1e-4)
     for rows, tokens in ROWS[given.setting]:
-        facts = {"model": given.name, "rival": "unsloth", "mix": f"whole rows, {rows} x {tokens}", "cap_gib": given.cap,
-                 "setting": f"its checkpointing: {given.setting}"}  # fmt: skip
+        facts = {"model": given.model.name, "rival": given.rival, "mix": f"whole rows, {rows} x {tokens}",
+                 "cap_gib": given.cap, "setting": f"checkpointing: {given.setting}"}  # fmt: skip
         try:
             speed = _rows_speed(model, optimizer, rows, tokens)
             peak = round(torch.cuda.max_memory_reserved() / 2**30, 2)
@@ -198,19 +279,17 @@ def table(paths: list[Path]) -> None:
 def main() -> None:
     """Run one of the parts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["uf", "unsloth", "table"])
+    parser.add_argument("what", choices=["make", "uf", "peer", "table"])
     parser.add_argument("model", type=Path, help="folder of the model; for `table` a file of results")
     parser.add_argument("runs", type=Path, nargs="?", default=Path("/tmp/engine"))
     parser.add_argument("--engine", default="fast")
     parser.add_argument("--mix", default="mean900", choices=sorted(MIXES))
     parser.add_argument("--cap", type=float, help="GiB of the card that the process may use")
-    parser.add_argument("--name", default="qwen3-8b", help="whose shape the model has, for the table")
-    parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--batch_size", type=int, default=4)
-    parser.add_argument("--setting", default="checkpointing", choices=sorted(ROWS))
+    parser.add_argument("--rival", default="unsloth", choices=["unsloth", "liger", "transformers"])
     given = parser.parse_args()
     parts: dict[str, Callable[[], None]] = {
-        "uf": lambda: uf(given), "unsloth": lambda: unsloth(given), "table": lambda: table([given.model]),
+        "make": lambda: make(given.model), "uf": lambda: uf(given), "peer": lambda: peer(given),
+        "table": lambda: table([given.model]),
     }  # fmt: skip
     parts[given.what]()
 

@@ -117,8 +117,6 @@ CASES = {case.name: case for case in (*VALIDATION, *LATER_VALIDATION, *CALIBRATI
 
 def make(folder: Path, name: str) -> dict[str, Any]:
     """A model folder with random bfloat16 weights: slices of one normal sample, norms 1."""
-    import numpy as np
-
     started = time.time()
     target = folder / name
     if (target / "model.safetensors").is_file():
@@ -136,11 +134,18 @@ def make(folder: Path, name: str) -> dict[str, Any]:
     for path in TINY.iterdir():
         if path.name.startswith(("tokenizer", "chat_template", "generation_config")):
             shutil.copy(path, target)
-    shapes = dict(tensor_shapes(config))
+    write_weights(target / "model.safetensors", dict(tensor_shapes(config)))
+    return {"what": "make", "model": name, "seconds": round(time.time() - started, 1)}
+
+
+def write_weights(path: Path, shapes: dict[str, list[int]]) -> None:
+    """Random bfloat16 weights of these shapes: slices of one normal sample, ones for norms, zeros for biases."""
+    import numpy as np
+
     generator = np.random.default_rng(0)
     sample = (generator.standard_normal(48 * 2**20, dtype=np.float32) * 0.02).view(np.uint32)
     noise = (sample >> 16).astype(np.uint16)
-    ones = np.full(2**16, 0x3F80, dtype=np.uint16)
+    ones, zeros = np.full(2**16, 0x3F80, dtype=np.uint16), np.zeros(2**16, dtype=np.uint16)
     header, position = {}, 0
     for key, shape in shapes.items():
         size = 2 * int(np.prod(shape))
@@ -148,16 +153,16 @@ def make(folder: Path, name: str) -> dict[str, Any]:
         position += size
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    with open(target / "model.safetensors.part", "wb") as file:
+    part = path.with_suffix(".part")
+    with open(part, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for key, shape in shapes.items():
-            left, source = int(np.prod(shape)), ones if "norm" in key else noise
+            left, source = int(np.prod(shape)), ones if "norm" in key else zeros if "bias" in key else noise
             while left:
                 take = min(left, len(source))
                 file.write(source[:take].data)
                 left -= take
-    os.rename(target / "model.safetensors.part", target / "model.safetensors")
-    return {"what": "make", "model": name, "seconds": round(time.time() - started, 1)}
+    os.rename(part, path)
 
 
 def tensor_shapes(config: dict[str, Any]) -> Any:
