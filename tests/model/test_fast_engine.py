@@ -104,7 +104,7 @@ def test_what_is_kept_lies_in_the_arena(random_model_dir, plan):
         with torch.no_grad():
             last, saved = decoder.forward_stack(decoder.embed_tokens(inputs["input_ids"][0]), row, plan)
             hidden = decoder.final_norm(last)
-            decoder.gradients.prepare()
+            decoder.adapter.prepare()
             decoder.backward_stack(hidden_weights, last, saved, row)
         assert row.arena.outside == 0
         assert torch.equal(hidden, plain[0][0])

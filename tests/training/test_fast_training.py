@@ -10,7 +10,7 @@ import pytest
 import torch
 from training_jobs import CPU, pairs
 
-from unsloth_factory.config.errors import UsageError
+from unsloth_factory.config.errors import UsageError, UserError
 from unsloth_factory.config.settings import ModelSettings, TuningSettings
 from unsloth_factory.model.load import load_model
 from unsloth_factory.model.loaded import LoadedModel
@@ -28,6 +28,10 @@ def loaded(folder: Path, engine: str, adapter: Path | None = None, **tuning: Any
         tuning=settings,
         device=CPU,
     )
+
+
+def adapter_bytes(folder: Path) -> bytes:
+    return (folder / "final_adapter" / "adapter_model.safetensors").read_bytes()
 
 
 def losses(folder: Path) -> list[float]:
@@ -62,6 +66,44 @@ def test_samples_put_together_change_nothing_but_rounding(tmp_path, job_in, rand
     assert max(seen["merged"]) > max(seen["given"])
     state = json.loads(next((tmp_path / "merged").rglob("state.json")).read_text())
     assert state["loop"]["merged_tokens"] == 150
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit"])
+def test_it_resumes_with_the_same_bits(tmp_path, job_in, random_model_dir, optimizer):
+    changes = {"loop": {"optimizer": optimizer}}
+    job = job_in(tmp_path, loaded=loaded(random_model_dir, "fast"), run={"save_total_limit": 9}, **changes)
+    train(job)
+    assert len(job.loaded.optimized_parameters()) == 1
+    before, curve = adapter_bytes(tmp_path), losses(tmp_path)
+    train(
+        job_in(
+            tmp_path,
+            loaded=loaded(random_model_dir, "fast"),
+            run={"resume": "checkpoint-3", "save_total_limit": 9},
+            **changes,
+        )
+    )
+    assert adapter_bytes(tmp_path) == before
+    assert losses(tmp_path) == curve
+
+
+def test_another_engine_is_named_on_resume(tmp_path, job_in, random_model_dir):
+    train(job_in(tmp_path, loaded=loaded(random_model_dir, "fast")))
+    with pytest.raises(UserError, match="--engine: was fast, now standard"):
+        train(job_in(tmp_path, loaded=loaded(random_model_dir, "standard"), run={"resume": "auto"}))
+
+
+def test_a_matrix_that_was_given_other_memory(random_model_dir):
+    model = loaded(random_model_dir, "fast")
+    flat, matrix = model.optimized_parameters()[0], model.trainable_parameters()[3]
+    matrix.data = torch.full_like(matrix, 0.25)
+    model.model.train()
+    model.hidden_states(torch.arange(5, 25)[None], torch.arange(20)[None], None).sum().backward()
+    assert float((flat == 0.25).sum()) == matrix.numel()
+    flat.data += 1.0
+    assert torch.equal(matrix, torch.full_like(matrix, 1.25))
+    norms = [torch.stack([p.grad.norm() for p in group]).norm() for group in ([flat], model.trainable_parameters())]
+    assert torch.allclose(*norms)
 
 
 def test_its_adapter_goes_into_the_other_engine(tmp_path, job_in, random_model_dir):

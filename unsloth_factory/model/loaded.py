@@ -112,6 +112,10 @@ class LoadedModel:
         """Parameters that the optimizer updates, in the model's order."""
         return [p for p in self.model.parameters() if p.requires_grad]
 
+    def optimized_parameters(self) -> list[torch.nn.Parameter]:
+        """What the optimizer is given: the same numbers, with the fast engine in a few long tensors."""
+        return self.decoder.adapter.parameters if self.engine == "fast" else self.trainable_parameters()
+
     def parameter_counts(self) -> tuple[int, int]:
         """(trainable, total) parameters; tied weights count once, a 4-bit tensor as the weights it stands for."""
         trainable = total = 0
@@ -165,8 +169,8 @@ class LoadedModel:
     def allocate_gradients(self) -> None:
         """Give every trained parameter a gradient of zeros, where the first backward pass would put one."""
         if self.engine == "fast":
-            self.decoder.gradients.prepare()
-        for parameter in self.trainable_parameters():
+            self.decoder.adapter.prepare()
+        for parameter in self.optimized_parameters():
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
 

@@ -187,7 +187,7 @@ def open_session(job: TrainingJob, progress: Progress) -> Session:
     loop = job.loop
     # A CPU has memory enough and no time to spare; there activations are always kept.
     job.loaded.set_gradient_checkpointing(job.loaded.device.type != "cpu" and not loop.no_gradient_checkpointing)
-    parameters = job.loaded.trainable_parameters()
+    parameters = job.loaded.optimized_parameters()
     accelerator = _accelerator(job)
     optimizer = make_optimizer(loop.optimizer, parameters, weight_decay=loop.weight_decay)
     peak = schedule.peak_learning_rate(loop, job.tuning, job.method.name)

@@ -18,7 +18,7 @@ from unsloth_factory.kernels.shadows import Shadow, Shadows
 from unsloth_factory.kernels.transfer import to_device
 from unsloth_factory.model.fast.cached import cached_forward
 from unsloth_factory.model.fast.embedding import HostEmbedding
-from unsloth_factory.model.fast.gradients import Gradients
+from unsloth_factory.model.fast.flat import FlatAdapter
 from unsloth_factory.model.fast.graphs import Graphs
 from unsloth_factory.model.fast.layer import Layer, Row, Saved, Saving
 from unsloth_factory.model.fast.linear import LoraPair
@@ -49,7 +49,8 @@ class FastDecoder(nn.Module):
         self._lora_layers: list[Any] = []
         self._shadows = Shadows([])
         self._device = device
-        self.gradients = Gradients([], device)
+        self.adapter = FlatAdapter([], device)
+        """Where the LoRA matrices lie while they train."""
         self.graphs: Graphs | None = None
         """On a GPU: replayed instead of launching each kernel. None launches them."""
 
@@ -62,10 +63,12 @@ class FastDecoder(nn.Module):
                 modules = {part.name: names.get_submodule(part.name) for part in fused.parts}
                 shadows += fused.attach({name: _pair(m) for name, m in modules.items() if hasattr(m, "lora_A")})
         self._shadows = Shadows(shadows)
+        if not any(p.requires_grad for module in self._lora_layers for p in module.parameters()):
+            return
         self.planner.extra = 2 * sum(fused.rank for fused in self.stack[0].projections.values())
         projections = [fused for layer in self.stack for fused in layer.projections.values()]
-        self.gradients = Gradients(projections, self._device)
-        if self._device.type == "cuda" and self._lora_layers:
+        self.adapter = FlatAdapter(projections, self._device)
+        if self._device.type == "cuda":
             self.graphs = Graphs(self)
 
     def give_up_memory(self) -> None:
@@ -190,7 +193,7 @@ class _Stack(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[None, None, None, None]:
         assert ctx.saved, "a second backward pass: the saved tensors are gone"
         last, ctx.last = ctx.last, None
-        ctx.decoder.gradients.prepare()
+        ctx.decoder.adapter.prepare()
         ctx.decoder.backward_stack(gradients[0], last, ctx.saved, ctx.row)
         return None, None, None, None
 

@@ -138,7 +138,7 @@ class Graphs:
 
     def _warm_up(self, x: torch.Tensor) -> None:
         """Small passes of each kind: kernels are compiled, libraries set up what they need."""
-        decoder, kept = self.decoder, self.decoder.gradients.snapshot()
+        decoder, kept = self.decoder, self.decoder.adapter.snapshot()
         rows = torch.zeros(STEP, x.shape[1], dtype=x.dtype, device=x.device)
         angles = torch.zeros(STEP, decoder.spec.heads.size // 2, dtype=torch.float32, device=x.device)
         row = Row(angles, angles, Documents.of([STEP], x.device))
@@ -150,7 +150,7 @@ class Graphs:
                 decoder.final_norm(last)
                 decoder.backward_stack(rows, last, saved, row)
         torch.cuda.current_stream().wait_stream(stream)
-        decoder.gradients.restore(kept)
+        decoder.adapter.restore(kept)
         self._warm = True
 
 
@@ -169,7 +169,7 @@ class _Replay(torch.autograd.Function):
         graphs = ctx.decoder.graphs
         assert graphs is not None
         assert graphs.passes == ctx.number, "a later forward pass has taken this one's memory"
-        ctx.decoder.gradients.prepare()
+        ctx.decoder.adapter.prepare()
         graph.gradient[: ctx.tokens].copy_(gradients[0])
         graph.gradient[ctx.tokens :].zero_()
         graph.backward_graph.replay()

@@ -94,19 +94,24 @@ class FusedLinear:
         return shadows
 
     @property
-    def gradient_sizes(self) -> list[int]:
-        """float32 numbers that the gradients of A (all parts together) and of each B take."""
+    def flat_sizes(self) -> list[int]:
+        """Numbers of A (all parts together, rounded up as R is) and of each B."""
         return [self.rank * self.inputs, *(pair.b.numel() for _, pair in self._trained())]
 
-    def collect_in(self, places: Sequence[torch.Tensor]) -> list[tuple[nn.Parameter, torch.Tensor]]:
-        """Add gradients up in these flat places, in the order of `gradient_sizes`; returns (parameter, its part)."""
+    def matrices(self, places: Sequence[torch.Tensor]) -> list[tuple[nn.Parameter, torch.Tensor]]:
+        """(LoRA matrix, its part of flat places of `flat_sizes`) of all parts."""
         views = []
+        a = places[0].view(self.rank, self.inputs)
+        for place, (part, pair) in zip(places[1:], self._trained(), strict=True):
+            views.append((pair.a, a[self._columns[part.name]]))
+            views.append((pair.b, place.view(pair.b.shape)))
+        return views
+
+    def collect_in(self, places: Sequence[torch.Tensor]) -> None:
+        """Add gradients up in these flat places of `flat_sizes`."""
         self._a_gradient = places[0].view(self.rank, self.inputs)
         for place, (part, pair) in zip(places[1:], self._trained(), strict=True):
             self._b_gradients[part.name] = place.view(pair.b.shape)
-            views.append((pair.a, self._a_gradient[self._columns[part.name]]))
-            views.append((pair.b, self._b_gradients[part.name]))
-        return views
 
     def input(self, tokens: int, arena: Arena | None = None) -> torch.Tensor:
         """Room [T, K + R] for an input, in the arena if there is one; write x into its first K columns (`x_of`)."""
