@@ -188,6 +188,23 @@ def test_nf4_kernel(shapes, dtype):
 
 
 @needs_triton
+@pytest.mark.parametrize("below", [True, False])
+@pytest.mark.parametrize("shapes", NF4_SHAPES)
+def test_nf4_kernel_copies_a_matrix_beside_or_below(shapes, below):
+    weight, _ = packed(shapes)
+    rows, columns = weight.shape
+    extra = draw(8, columns, seed=3) if below else draw(rows, 16, seed=3)
+    found = []
+    for make in (nf4.launch, nf4.twin):
+        matrix = torch.full((rows + 8, columns) if below else (rows, columns + 16), 7.0, device=DEVICE)
+        place = matrix[rows:] if below else matrix[:, columns:]
+        make(weight, matrix[:rows, :columns], (extra, place))
+        assert torch.equal(place, extra)
+        found.append(matrix)
+    close(found[0], found[1], torch.float32, factor=0.3)
+
+
+@needs_triton
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_shadows_kernel(dtype):
     big = torch.zeros(40, 24, dtype=dtype, device=DEVICE)

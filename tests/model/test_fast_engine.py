@@ -16,7 +16,7 @@ from unsloth_factory.model.fast.embedding import HostEmbedding
 from unsloth_factory.model.fast.layer import Row, Saving
 from unsloth_factory.model.fast.load import FolderWeights, load_fast
 from unsloth_factory.model.fast.planner import divide, saved_numbers
-from unsloth_factory.model.fast.spec import DecoderSpec
+from unsloth_factory.model.fast.spec import DecoderSpec, why_not
 from unsloth_factory.model.lora import attach_lora
 from unsloth_factory.model.standard import load_base
 
@@ -224,3 +224,17 @@ def test_cross_entropy_of_the_head(chunk):
     again = hidden.detach().clone().requires_grad_()
     (torch.nn.functional.cross_entropy(again @ weight.t(), targets, reduction="sum") * 0.5).backward()
     assert torch.allclose(hidden.grad, again.grad, atol=1e-6)
+
+
+def test_what_it_cannot_run_is_named():
+    from transformers import AutoConfig
+
+    sizes = {"hidden_size": 96, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = AutoConfig.for_model("llama", **sizes, num_key_value_heads=2, head_dim=24)
+    assert why_not(config) is None
+    assert why_not(config, quantized=True) == "4-bit rows of 96, 192, 96 weights (multiples of 64 are needed)"
+    assert why_not(AutoConfig.for_model("llama", **sizes, mlp_bias=True)) == "biases in the MLP"
+    assert "model type gpt2" in str(why_not(AutoConfig.for_model("gpt2")))
+    window = AutoConfig.for_model("mistral", **sizes, sliding_window=4096)
+    assert why_not(window, longest=4096) is None
+    assert "window of 4096 tokens" in str(why_not(window, longest=4097))

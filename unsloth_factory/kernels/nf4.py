@@ -19,13 +19,13 @@ BLOCK_SIZE = 64
 NESTED_SIZE = 256
 """Maxima that share a scale."""
 PROGRAM_BYTES = 1024
-"""Packed bytes a program unpacks (2,048 weights, 32 maxima) with 2 warps: the fastest of twelve settings on an H200,
-3.1 TB/s of reads and writes."""
+"""Packed bytes a program unpacks: 2,048 weights, 32 maxima. So, with 2 warps, an earlier form of this kernel was the
+fastest on an H200, 3.1 TB/s of reads and writes; it looked up the maximum and the row of each weight by itself."""
 
 
 @dataclass(frozen=True)
 class Packed:
-    """One or more matrices of K columns, quantised one by one and stacked to [N, K]."""
+    """One or more matrices of K columns, a multiple of 64, quantised one by one and stacked to [N, K]."""
 
     codes: torch.Tensor
     """uint8 [N K / 2]"""
@@ -54,58 +54,92 @@ class Packed:
 @jit
 def _kernel(
     codes_ptr, absmax_ptr, scales_ptr, offsets_ptr, starts_ptr, scale_starts_ptr,
-    code_ptr, absmax_code_ptr, out_ptr, total, columns, stride,
-    PARTS: tl.constexpr, BYTES: tl.constexpr,
+    code_ptr, absmax_code_ptr, out_ptr, extra_ptr, extra_out_ptr,
+    total, columns, stride, extra_total, extra_columns, programs,
+    PARTS: tl.constexpr, BLOCKS: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
-    first = tl.program_id(0).to(tl.int64) * BYTES
-    place = first + tl.arange(0, BYTES)
-    inside = place < total
-    packed = tl.load(codes_ptr + place, mask=inside, other=0).to(tl.int32)
-    block = place // 32
-    part_offset = tl.load(offsets_ptr)
-    start = block * 0
-    scale_start = block * 0
-    offset = part_offset + 0.0 * block.to(tl.float32)
-    for part in tl.static_range(1, PARTS):
-        boundary = tl.load(starts_ptr + part)
-        later = block >= boundary
-        start = tl.where(later, boundary, start)
-        scale_start = tl.where(later, tl.load(scale_starts_ptr + part), scale_start)
-        offset = tl.where(later, tl.load(offsets_ptr + part), offset)
-    maximum = tl.load(absmax_code_ptr + tl.load(absmax_ptr + block, mask=inside, other=0).to(tl.int32))
-    scale = tl.load(scales_ptr + scale_start + (block - start) // 256, mask=inside, other=0.0)
-    maximum = maximum * scale + offset
-    high = tl.load(code_ptr + (packed >> 4)) * maximum
-    low = tl.load(code_ptr + (packed & 15)) * maximum
-    dtype = out_ptr.dtype.element_ty
-    values = tl.interleave(high.to(dtype), low.to(dtype))
-    element = 2 * first + tl.arange(0, 2 * BYTES)
-    row = element // columns
-    target = out_ptr + row * stride + (element - row * columns)
-    tl.store(target, values, mask=element < 2 * total)
+    program = tl.program_id(0)
+    if program >= programs:
+        number = (program - programs) * BLOCKS * 64 + tl.arange(0, BLOCKS * 64)
+        inside = number < extra_total
+        line = number // extra_columns
+        copied = tl.load(extra_ptr + number, mask=inside)
+        tl.store(extra_out_ptr + line * stride + (number - line * extra_columns), copied, mask=inside)
+    else:
+        block = program * BLOCKS + tl.arange(0, BLOCKS)
+        known = block * 32 < total
+        start = block * 0
+        scale_start = block * 0
+        offset = tl.load(offsets_ptr) + 0.0 * block.to(tl.float32)
+        for part in tl.static_range(1, PARTS):
+            boundary = tl.load(starts_ptr + part).to(tl.int32)
+            later = block >= boundary
+            start = tl.where(later, boundary, start)
+            scale_start = tl.where(later, tl.load(scale_starts_ptr + part).to(tl.int32), scale_start)
+            offset = tl.where(later, tl.load(offsets_ptr + part), offset)
+        maximum = tl.load(absmax_code_ptr + tl.load(absmax_ptr + block, mask=known, other=0).to(tl.int32))
+        scale = tl.load(scales_ptr + scale_start + (block - start) // 256, mask=known, other=0.0)
+        maximum = (maximum * scale + offset)[:, None]
+        place = block[:, None] * 32 + tl.arange(0, 32)[None, :]
+        packed = tl.load(codes_ptr + place, mask=place < total, other=0).to(tl.int32)
+        dtype = out_ptr.dtype.element_ty
+        high = (tl.load(code_ptr + (packed >> 4)) * maximum).to(dtype)
+        low = (tl.load(code_ptr + (packed & 15)) * maximum).to(dtype)
+        # one row for each block of 64 weights: blocks end where rows do
+        row = (block * 64 // columns)[:, None]
+        target = row * stride + (place * 2 - row * columns)
+        if HALF:  # both weights of a byte in one store of 32 bits
+            first = high.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+            both = first | (low.to(tl.int16, bitcast=True).to(tl.int32) << 16)
+            tl.store(out_ptr.to(tl.pointer_type(tl.int32)) + target // 2, both, mask=place < total)
+        else:
+            tl.store(out_ptr + target, high, mask=place < total)
+            tl.store(out_ptr + target + 1, low, mask=place < total)
 
 
-def dequantize(packed: Packed, dtype: torch.dtype, out: torch.Tensor | None = None) -> torch.Tensor:
-    """The weights [N, K] in `dtype`; written into `out`, whose rows may be longer than K, where it is given."""
+def dequantize(
+    packed: Packed,
+    dtype: torch.dtype,
+    out: torch.Tensor | None = None,
+    extra: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """The weights [N, K] in `dtype`.
+
+    Args:
+        packed: 2^31 weights at most.
+        dtype: Of the result.
+        out: Where they are written; its rows may be longer than K.
+        extra: (contiguous matrix, a place for it with the rows of `out`), copied by the same launch.
+    """
     if out is None:
         out = torch.empty(packed.shape, dtype=dtype, device=packed.codes.device)
-    return launch(packed, out) if runs_triton(packed.codes) else twin(packed, out)
+    return launch(packed, out, extra) if runs_triton(packed.codes) else twin(packed, out, extra)
 
 
-def launch(packed: Packed, out: torch.Tensor) -> torch.Tensor:
+def launch(packed: Packed, out: torch.Tensor, extra: tuple[torch.Tensor, torch.Tensor] | None = None) -> torch.Tensor:
     """The Triton kernel."""
-    total = packed.codes.numel()
-    _kernel[(-(-total // PROGRAM_BYTES),)](
+    total, columns = packed.codes.numel(), packed.shape[1]
+    assert out.shape[0] * out.stride(0) < 2**31
+    assert columns % BLOCK_SIZE == 0
+    half = out.element_size() == 2
+    assert not half or (out.data_ptr() % 4 == 0 and out.stride(0) % 2 == 0)
+    source, place = extra or (out[:0], out[:0])
+    assert extra is None or (source.is_contiguous() and place.stride(0) == out.stride(0))
+    programs = -(-total // PROGRAM_BYTES)
+    copies = -(-source.numel() // (2 * PROGRAM_BYTES))
+    _kernel[(programs + copies,)](
         packed.codes, packed.absmax, packed.scales, packed.offsets, packed.starts, packed.scale_starts, packed.code,
-        packed.absmax_code, out, total, packed.shape[1], out.stride(0),
-        PARTS=len(packed.offsets), BYTES=PROGRAM_BYTES, num_warps=2,
-        enable_fp_fusion=False,  # bitsandbytes rounds between the product and the sum
+        packed.absmax_code, out, source, place, total, columns, out.stride(0), source.numel(), max(1, source.shape[1]),
+        programs, PARTS=len(packed.offsets), BLOCKS=PROGRAM_BYTES // 32, HALF=half,
+        num_warps=2, enable_fp_fusion=False,  # bitsandbytes rounds between the product and the sum
     )  # fmt: skip
     return out
 
 
-def twin(packed: Packed, out: torch.Tensor) -> torch.Tensor:
+def twin(packed: Packed, out: torch.Tensor, extra: tuple[torch.Tensor, torch.Tensor] | None = None) -> torch.Tensor:
     """The same in plain torch."""
+    if extra is not None:
+        extra[1].copy_(extra[0])
     block = torch.arange(len(packed.absmax), device=packed.absmax.device)
     part = torch.bucketize(block, packed.starts, right=True) - 1
     scale = packed.scales[packed.scale_starts[part] + (block - packed.starts[part]) // NESTED_SIZE]

@@ -187,7 +187,7 @@ def _read_fast(
     from unsloth_factory.model.fast.spec import why_not
 
     config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
-    reason = why_not(config)
+    reason = why_not(config, quantized=quantization_bit is not None)
     if is_prequantized(folder):
         reason = "weights that are stored in 4 bit"
     elif tuning is not None and tuning.finetuning_type != "lora":

@@ -160,8 +160,7 @@ class FusedLinear:
         t = wide[:, self.inputs :]
         torch.mm(self.x_of(wide), self._a.t(), out=t)
         if isinstance(self.weight, nf4.Packed):
-            matrix = self._wide_matrix(self.outputs, self.inputs + self.rank)
-            matrix[:, self.inputs :].copy_(self._b)
+            matrix = self._wide_matrix(self.outputs, self.inputs + self.rank, self._b)
             return _product(wide, matrix.t(), added, out)
         y = _product(self.x_of(wide), self.weight.t(), added, out)
         return y.addmm_(t, self._b.t())
@@ -174,9 +173,7 @@ class FusedLinear:
         dt = wide[:, self.outputs :]
         torch.mm(dy, self._b, out=dt)
         if isinstance(self.weight, nf4.Packed):
-            matrix = self._wide_matrix(self.outputs + self.rank, self.inputs)
-            matrix[self.outputs :].copy_(self._a)
-            return wide @ matrix
+            return wide @ self._wide_matrix(self.outputs + self.rank, self.inputs, self._a)
         return (dy @ self.weight).addmm_(dt, self._a)
 
     def add_gradients(self, wide: torch.Tensor, x: torch.Tensor, t: torch.Tensor | None) -> None:
@@ -198,11 +195,12 @@ class FusedLinear:
         """W [N, K] in the computation dtype; made anew from NF4, so drop it as soon as it has been used."""
         return nf4.dequantize(self.weight, self.dtype) if isinstance(self.weight, nf4.Packed) else self.weight
 
-    def _wide_matrix(self, rows: int, columns: int) -> torch.Tensor:
-        """[rows, columns] with W in its upper left corner, the rest to be filled."""
+    def _wide_matrix(self, rows: int, columns: int, extra: torch.Tensor) -> torch.Tensor:
+        """[rows, columns] with W in its upper left corner and `extra` beside or below it."""
         assert isinstance(self.weight, nf4.Packed)
         matrix = torch.empty(rows, columns, dtype=self.dtype, device=self.device)
-        nf4.dequantize(self.weight, self.dtype, out=matrix[: self.outputs, : self.inputs])
+        place = matrix[self.outputs :] if rows > self.outputs else matrix[:, self.inputs :]
+        nf4.dequantize(self.weight, self.dtype, matrix[: self.outputs, : self.inputs], (extra, place))
         return matrix
 
     def _trained(self) -> list[tuple[Part, LoraPair]]:

@@ -26,7 +26,7 @@ def stack(parts: Sequence[tuple[torch.Tensor, Any]]) -> Packed:
     device = parts[0][0].device
     rows, columns = sum(state.shape[0] for state in states), states[0].shape[1]
     assert all(state.shape[1] == columns and state.nested for state in states), "parts of one width, doubly quantised"
-    assert columns % BLOCK_SIZE == 0 or len(parts) == 1, "a block of maxima would run into the next part"
+    assert columns % BLOCK_SIZE == 0, "a block of maxima would run into the next row"
 
     def starts(sizes: list[int]) -> torch.Tensor:
         return torch.tensor([0, *accumulate(sizes)][:-1], dtype=torch.int64, device=device)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from unsloth_factory.kernels.nf4 import BLOCK_SIZE
 from unsloth_factory.kernels.rotary import Heads
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
@@ -51,12 +52,13 @@ class DecoderSpec:
         )
 
 
-def why_not(config: Any, longest: int | None = None) -> str | None:
+def why_not(config: Any, longest: int | None = None, quantized: bool = False) -> str | None:
     """Why the fast engine cannot run a model, or None.
 
     Args:
         config: transformers' configuration.
         longest: Longest sequence, tokens; a window of attention that is never left does not matter.
+        quantized: In NF4, whose blocks of 64 weights must not go beyond a row.
     """
     if config.model_type not in FAMILIES:
         return f"model type {config.model_type} (it knows {', '.join(FAMILIES)})"
@@ -64,6 +66,10 @@ def why_not(config: Any, longest: int | None = None) -> str | None:
         return f"activation {config.hidden_act}"
     if getattr(config, "mlp_bias", False):
         return "biases in the MLP"
+    spec = DecoderSpec.of(config)
+    widths = (spec.hidden, spec.intermediate, spec.heads.queries * spec.heads.size)
+    if quantized and any(width % BLOCK_SIZE for width in widths):
+        return f"4-bit rows of {', '.join(map(str, widths))} weights (multiples of {BLOCK_SIZE} are needed)"
     window = getattr(config, "sliding_window", None)
     slides = config.model_type == "mistral" or getattr(config, "use_sliding_window", False)
     if slides and window and (longest is None or longest > window):
