@@ -20,11 +20,13 @@ ALLOWED = {
     "kernels": set(),
     "model": {"config", "kernels", "run"},
     "inference": {"config", "data", "model"},
+    "estimate": {"config", "model"},
     "training": {"config", "data", "model", "kernels", "scoring", "run"},
     "evaluation": {"config", "data", "model", "inference", "scoring", "knowledge", "run"},
     "export": {"config", "data", "model", "inference", "run"},
     "commands": {
-        "config", "run", "knowledge", "scoring", "data", "model", "inference", "training", "evaluation", "export",
+        "config", "run", "knowledge", "scoring", "data", "model", "inference", "estimate", "training", "evaluation",
+        "export",
     },
 }  # fmt: skip
 LIGHT = ("cli", "config", "run", "knowledge", "scoring")

@@ -19,9 +19,7 @@ from unsloth_factory.config.commands import DpoConfig, PlanConfig, SftConfig
 from unsloth_factory.config.errors import UsageError, UserError
 from unsloth_factory.config.fields import settings_of
 from unsloth_factory.config.parse import flat_values
-from unsloth_factory.model.gpus import Gpu, find_gpu, present_gpu
-from unsloth_factory.model.shapes import ModelShape, find_config, read_shape
-from unsloth_factory.training.estimate.forecast import (
+from unsloth_factory.estimate.forecast import (
     Choice,
     Forecast,
     Forecaster,
@@ -31,7 +29,9 @@ from unsloth_factory.training.estimate.forecast import (
     larger,
     longest_that_fits,
 )
-from unsloth_factory.training.estimate.memory import Training
+from unsloth_factory.estimate.memory import Training
+from unsloth_factory.model.gpus import Gpu, find_gpu, present_gpu
+from unsloth_factory.model.shapes import ModelShape, find_config, read_shape
 
 LONGEST_TRIED = 32_768
 

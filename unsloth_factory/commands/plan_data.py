@@ -9,8 +9,8 @@ from typing import Any
 
 from unsloth_factory.config.commands import PlanConfig
 from unsloth_factory.config.errors import UsageError, UserError
+from unsloth_factory.estimate.workload import Sample, Workload, assumed_workload
 from unsloth_factory.model.shapes import has_tokenizer
-from unsloth_factory.training.estimate.workload import Sample, Workload, assumed_workload
 
 
 def workload_of(config: PlanConfig, model: Path) -> Workload:

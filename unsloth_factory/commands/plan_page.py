@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from unsloth_factory.training.estimate.forecast import Forecast
+from unsloth_factory.estimate.forecast import Forecast
 from unsloth_factory.training.reporting.progress import duration
 
 if TYPE_CHECKING:

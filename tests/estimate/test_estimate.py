@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import json
+import sys
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,18 +17,16 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
-from training_jobs import CPU, samples
 
-from unsloth_factory.config.settings import ModelSettings, TuningSettings
-from unsloth_factory.data.batching import StepPlan, pack
-from unsloth_factory.model.gpus import GPUS, Gpu, find_gpu
-from unsloth_factory.model.load import load_model
-from unsloth_factory.model.loaded import LoadedModel
-from unsloth_factory.model.shapes import ModelShape, find_config, read_shape
-from unsloth_factory.training.estimate import decoder, speed
-from unsloth_factory.training.estimate.allocator import CachingAllocator
-from unsloth_factory.training.estimate.decoder import Decoder
-from unsloth_factory.training.estimate.forecast import (
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training"))
+from training_jobs import CPU, samples  # noqa: E402
+
+from unsloth_factory.config.settings import ModelSettings, TuningSettings  # noqa: E402
+from unsloth_factory.data.batching import StepPlan, pack  # noqa: E402
+from unsloth_factory.estimate import decoder, speed  # noqa: E402
+from unsloth_factory.estimate.allocator import CachingAllocator  # noqa: E402
+from unsloth_factory.estimate.decoder import Decoder  # noqa: E402
+from unsloth_factory.estimate.forecast import (  # noqa: E402
     Choice,
     Forecaster,
     best,
@@ -38,11 +37,15 @@ from unsloth_factory.training.estimate.forecast import (
     reductions,
     splits,
 )
-from unsloth_factory.training.estimate.layers import Rows
-from unsloth_factory.training.estimate.memory import Rehearsal, Training, micro_batch_cost
-from unsloth_factory.training.estimate.rehearsal import Memory, Work
-from unsloth_factory.training.estimate.workload import Sample, Workload, assumed_workload, rows_of
-from unsloth_factory.training.methods import Sft
+from unsloth_factory.estimate.layers import Rows  # noqa: E402
+from unsloth_factory.estimate.memory import Rehearsal, Training, micro_batch_cost  # noqa: E402
+from unsloth_factory.estimate.rehearsal import Memory, Work  # noqa: E402
+from unsloth_factory.estimate.workload import Sample, Workload, assumed_workload, rows_of  # noqa: E402
+from unsloth_factory.model.gpus import GPUS, Gpu, find_gpu  # noqa: E402
+from unsloth_factory.model.load import load_model  # noqa: E402
+from unsloth_factory.model.loaded import LoadedModel  # noqa: E402
+from unsloth_factory.model.shapes import ModelShape, find_config, read_shape  # noqa: E402
+from unsloth_factory.training.methods import Sft  # noqa: E402
 
 MIB, GIB = 2**20, 2**30
 
@@ -525,7 +528,7 @@ def test_estimating_needs_no_torch() -> None:
     import sys
 
     program = (
-        "import sys, unsloth_factory.training.estimate.forecast, unsloth_factory.model.gpus\n"
+        "import sys, unsloth_factory.estimate.forecast, unsloth_factory.model.gpus\n"
         "print([name for name in ('torch', 'transformers') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from unsloth_factory.config.settings import OptimizerType
+from unsloth_factory.estimate.decoder import Decoder
+from unsloth_factory.estimate.layers import NF4_BLOCK, Lasting, Layout, Rows, Weights
+from unsloth_factory.estimate.rehearsal import Buffer, Memory, Part, Tape, Work
 from unsloth_factory.model.shapes import LinearShape, ModelShape
-from unsloth_factory.training.estimate.decoder import Decoder
-from unsloth_factory.training.estimate.layers import NF4_BLOCK, Lasting, Layout, Rows, Weights
-from unsloth_factory.training.estimate.rehearsal import Buffer, Memory, Part, Tape, Work
 
 LEAST_8BIT = 4096
 """bitsandbytes keeps the state of smaller parameters in float32."""

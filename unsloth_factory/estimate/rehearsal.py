@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import astuple, dataclass, field
 from typing import Literal, get_args
 
-from unsloth_factory.training.estimate.allocator import Block, CachingAllocator
+from unsloth_factory.estimate.allocator import Block, CachingAllocator
 
 Part = Literal[
     "base weights",

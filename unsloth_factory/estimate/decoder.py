@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 
-from unsloth_factory.training.estimate.layers import Operations, Weights
-from unsloth_factory.training.estimate.rehearsal import Buffer, Node, Value
+from unsloth_factory.estimate.layers import Operations, Weights
+from unsloth_factory.estimate.rehearsal import Buffer, Node, Value
 
 # float32 logits of one chunk; the same number as log_probs.LOGIT_BYTES, which a test compares (torch stays out here).
 LOGIT_BYTES = 256 * 2**20

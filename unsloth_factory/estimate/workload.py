@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
-from unsloth_factory.training.estimate.layers import Rows
+from unsloth_factory.estimate.layers import Rows
 
 ASSUMED_SAMPLES = 1000
 """Without a dataset: samples, each of --max_seq_length tokens, half of them trained."""

@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from unsloth_factory.config.settings import OptimizerType
+from unsloth_factory.estimate.memory import MemoryEstimate, Rehearsal, Training
+from unsloth_factory.estimate.speed import Host, Pace, update_seconds
+from unsloth_factory.estimate.workload import Workload
 from unsloth_factory.model.gpus import Gpu
-from unsloth_factory.training.estimate.memory import MemoryEstimate, Rehearsal, Training
-from unsloth_factory.training.estimate.speed import Host, Pace, update_seconds
-from unsloth_factory.training.estimate.workload import Workload
 
 Verdict = Literal["fits", "tight", "does not fit"]
 COMFORT = 0.94

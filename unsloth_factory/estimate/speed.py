@@ -11,10 +11,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from unsloth_factory.estimate.layers import Rows
+from unsloth_factory.estimate.memory import Training, micro_batch_cost
+from unsloth_factory.estimate.rehearsal import Work
 from unsloth_factory.model.gpus import Gpu
-from unsloth_factory.training.estimate.layers import Rows
-from unsloth_factory.training.estimate.memory import Training, micro_batch_cost
-from unsloth_factory.training.estimate.rehearsal import Work
 
 ELEMENTWISE = 0.6
 """Share of a large copy's bandwidth that the small kernels of norms, rotations and activations reach."""

@@ -11,8 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from unsloth_factory.estimate.rehearsal import Buffer, Memory, Part, Tape, Value
 from unsloth_factory.model.shapes import LinearShape, ModelShape
-from unsloth_factory.training.estimate.rehearsal import Buffer, Memory, Part, Tape, Value
 
 Weights = Literal["nf4", "half", "trained"]
 """How a layer's matrices are stored: 4 bit, 16 bit (both frozen), or float32 and trained."""
