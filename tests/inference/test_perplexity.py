@@ -42,7 +42,9 @@ def by_transformers(loaded, sample) -> float:
     labels = np.where(sample.trained, sample.ids, -100).astype(np.int64)
     loaded.model.eval()
     with torch.no_grad():
-        output = loaded.model(torch.from_numpy(sample.ids.astype(np.int64))[None], labels=torch.from_numpy(labels)[None])
+        output = loaded.model(
+            torch.from_numpy(sample.ids.astype(np.int64))[None], labels=torch.from_numpy(labels)[None]
+        )
     return float(output.loss)
 
 

@@ -25,6 +25,7 @@ from unsloth_factory.data.load import load_conversations
 from unsloth_factory.data.split import read_validation_split
 from unsloth_factory.data.template import ChatTemplate
 from unsloth_factory.evaluation.answers import Sample, samples_of
+from unsloth_factory.evaluation.references import model_losses
 from unsloth_factory.evaluation.tables import print_report, print_worst
 from unsloth_factory.evaluation.validate import (
     Questions,
@@ -57,6 +58,7 @@ def run(config: ValidateConfig) -> int:
                 model_answerers(loaded, resolved.variants),
                 _questions(config, resolved, samples, pack, template),
                 max_positions=loaded.max_positions,
+                losses=model_losses(loaded, template, resolved.variants, config.batch_size),
                 model=resolved.description(loaded),
                 on_progress=progress,
             )

@@ -21,8 +21,16 @@ from unsloth_factory.scoring import (
 )
 
 SEVERITIES = ("critical", "major", "minor")
+PERPLEXITY = "perplexity of the reference"
 DIRECTIONS: Mapping[str, Direction] = {
     "exact match": "higher",
+    "token F1": "higher",
+    "BLEU-4": "higher",
+    "chrF": "higher",
+    "ROUGE-1": "higher",
+    "ROUGE-2": "higher",
+    "ROUGE-L": "higher",
+    PERPLEXITY: "lower",
     "term coverage": "higher",
     "association coverage": "higher",
     **{f"{severity} violations per answer": "lower" for severity in SEVERITIES},
@@ -32,7 +40,10 @@ DIRECTIONS: Mapping[str, Direction] = {
     "repetition loops": "lower",
     "answer tokens": "neutral",
 }
-"""Every metric of a validation, in the order of the table. Shares are means of 0/1 over the answers."""
+"""Every metric of a validation, in the order of the table. Shares are means of 0/1 over the answers.
+
+`read_answer` knows those that need the answer alone; the others are None until `measures.complete` fills them in.
+"""
 BINARY = ("exact match", "control-token leaks", "stopped by itself", "empty answers", "repetition loops")
 
 
@@ -43,6 +54,8 @@ class Sample:
     prompt: tuple[Turn, ...]
     reference: str
     source: str
+    reasoning: str | None = None
+    """What the person thought before the answer, if it was written down."""
 
     @property
     def question(self) -> str:
@@ -82,7 +95,9 @@ def samples_of(conversations: Sequence[Conversation], system: str | None) -> lis
         if last == 0:
             continue
         opening = (Turn("system", system),) if system and turns[0].role != "system" else ()
-        samples.append(Sample((*opening, *turns[:last]), turns[last].content, conversation.source))
+        samples.append(
+            Sample((*opening, *turns[:last]), turns[last].content, conversation.source, turns[last].reasoning)
+        )
     return samples
 
 
@@ -116,7 +131,7 @@ def read_answer(
         tokens=len(generation.ids),
         loop=loop.unit if loop else None,
         violations=tuple(violations),
-        scores={name: scores[name] for name in DIRECTIONS},
+        scores={name: scores.get(name) for name in DIRECTIONS},
     )
 
 
@@ -140,7 +155,8 @@ def badness(answer: Answer) -> tuple[float, ...]:
     coverage = [answer.scores[name] for name in ("term coverage", "association coverage")]
     missed = sum(1 - value for value in coverage if value is not None)
     broken = bool(answer.leaked) + (not answer.stopped) + (not answer.text) + bool(answer.loop)
-    return (*by_severity, broken, missed, 1 - (answer.scores["exact match"] or 0))
+    unlike = 1 - (answer.scores["token F1"] or 0)
+    return (*by_severity, broken, missed, 1 - (answer.scores["exact match"] or 0), unlike)
 
 
 def _by_severity(violations: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -1,7 +1,7 @@
 """Confidence intervals and p-values of base -> tuned differences by resampling the questions.
 
-Every metric is a function of sums over the questions (a mean: sum of values / number of values; perplexity: exp of a sum
-of losses / a sum of tokens; macro F1: of counts a label). So one matrix product gives it for all resamples at once.
+Every metric is a function of sums over the questions (a mean: sum of values / number of values; perplexity: exp of a
+sum of losses / a sum of tokens; macro F1: of counts a label). So one matrix product gives it for all resamples at once.
 Shapes: n questions, f features, R resamples.
 """
 
@@ -57,6 +57,20 @@ def mean_features(values: np.ndarray) -> np.ndarray:
     return np.stack([np.where(there, values, 0.0), there.astype(float)], axis=1)
 
 
+def jackknife_error(features: np.ndarray, of_sums: OfSums) -> float:
+    """Standard error from leaving one question out at a time; s / sqrt(n) for a mean; 0 for a single question.
+
+    Questions whose features are all 0 have no part in the metric. Source: Efron & Tibshirani 1993, eq. 11.5.
+    """
+    counted = features[features.any(axis=1)]
+    if len(counted) < 2:
+        return 0.0
+    left_out = of_sums(counted.sum(0) - counted)
+    left_out = left_out[~np.isnan(left_out)]
+    count = len(left_out)
+    return float(np.sqrt((count - 1) / count * ((left_out - left_out.mean()) ** 2).sum())) if count else 0.0
+
+
 def paired_deltas(
     statistics: Mapping[str, Statistic], *, resamples: int = RESAMPLES, seed: int = SEED
 ) -> dict[str, Delta]:
@@ -64,8 +78,8 @@ def paired_deltas(
 
     Intervals: bias-corrected and accelerated bootstrap (BCa; Efron 1987, J. Am. Stat. Assoc. 82:171-185), of questions
     drawn with replacement, both models' answers to a question together. p-values: approximate randomisation (Noreen
-    1989), which swaps the two models' answers to each question by chance: p = (1 + differences as large) / (1 + R). With
-    fewer than 6 questions it cannot fall below 5 %, where the interval alone would be much too sure of itself.
+    1989), which swaps the two models' answers to each question by chance: p = (1 + differences as large) / (1 + R).
+    With fewer than 6 questions it cannot fall below 5 %, where the interval alone would be much too sure of itself.
 
     Args:
         statistics: metric -> features of both models; n is the same for all.
@@ -108,7 +122,7 @@ def _delta(one: Statistic, drawn: np.ndarray, swapped: np.ndarray) -> Delta:
 
 
 def bca_interval(value: float, drawn: np.ndarray, left_out: np.ndarray, level: float = 0.95) -> tuple[float, float]:
-    """BCa interval of a statistic from its resamples [R] and its jackknife values [n]; [value, value] without resamples.
+    """BCa interval of a statistic from its resamples [R] and jackknife values [n]; (value, value) without resamples.
 
     z0 = Phi^-1(share of resamples below the value), a = sum(d^3) / (6 sum(d^2)^1.5) with d the jackknife's deviations;
     the bounds are the resamples' quantiles at Phi(z0 + (z0 + z) / (1 - a (z0 + z))) for z = +-1.96. Ties count half, so

@@ -85,7 +85,7 @@ def text_scores(answer: str, reference: str) -> dict[str, float]:
 
 
 def bleu_tokenizer(references: Sequence[str]) -> str:
-    """sacrebleu's tokenizer for these references: zh where half of them or more have Chinese in them, else 13a."""
+    """The tokenizer of sacrebleu for these references: zh where half of them or more have Chinese in them, else 13a."""
     chinese = sum(HAS_CJK.search(reference) is not None for reference in references)
     return "zh" if 2 * chinese >= max(1, len(references)) else "13a"
 
