@@ -9,7 +9,7 @@ import pytest
 
 from unsloth_factory.evaluation import measures as module
 from unsloth_factory.evaluation.answers import DIRECTIONS, PERPLEXITY, Answer, Sample
-from unsloth_factory.evaluation.measures import comparisons, complete, library_notes, measures, metrics
+from unsloth_factory.evaluation.measures import comparisons, complete, field_table, library_notes, measures, metrics
 from unsloth_factory.inference.perplexity import AnswerLoss
 
 
@@ -66,3 +66,43 @@ def test_complete_adds_what_the_reference_tells():
 def test_a_missing_library_is_said_with_the_way_to_get_it(monkeypatch):
     monkeypatch.setattr(module, "missing_libraries", lambda: {"sacrebleu": ("BLEU-4", "chrF")})
     assert library_notes() == ["BLEU-4, chrF left out: sacrebleu is not installed. pip install 'unsloth-factory[eval]'"]
+
+
+def test_json_references_are_compared_by_field():
+    samples = [
+        Sample((), '{"病名": "感冒", "等级": 1}', "x:1"),
+        Sample((), '{"病名": "肺炎"}', "x:2"),
+        Sample((), "好", "x:3"),
+    ]
+    texts = ["结果：{'病名': '感冒', '等级': 2,}", "不知道", "{}"]
+    done = [complete(answer(t), s, None) for t, s in zip(texts, samples, strict=True)]
+    table = metrics(measures(done, [None] * 3))
+    assert (table["JSON object found"].value, table["JSON object found"].n) == (0.5, 2)
+    assert table["JSON field accuracy"].value == pytest.approx((1 / 2 + 0) / 2)
+    assert table["JSON field F1"].value == pytest.approx((1 / 2 + 0) / 2)
+    assert done[0].remarks == ("wrong fields: 等级",)
+    assert done[1].remarks == ("no readable JSON object",)
+    assert done[2].remarks == ()
+    assert field_table(samples, {"tuned": done}) == {"病名": {"n": 2, "tuned": 0.5}, "等级": {"n": 1, "tuned": 0.0}}
+
+
+def test_label_tasks_have_averages_and_differences():
+    labels = ("阳性", "阴性")
+    references = ["阳性"] * 15 + ["阴性"] * 10
+    samples = [Sample((), reference, "x") for reference in references]
+
+    def measured(texts):
+        done = [complete(answer(t), s, None, labels) for t, s in zip(texts, samples, strict=True)]
+        return done, measures(done, [None] * 25, references, labels)
+
+    always, base = measured(["阳性。"] * 25)
+    _, tuned = measured(["结果为" + reference for reference in references])
+    table = metrics(base)
+    assert table["label accuracy"].value == 0.6
+    assert table["macro F1"].value == pytest.approx((2 * 15 / 40) / 2)
+    assert table["macro recall"].value == 0.5
+    assert always[-1].remarks == ("label 阳性 instead of 阴性",)
+    compared = comparisons(base, tuned)
+    assert compared["macro F1"].tuned == 1.0
+    assert compared["macro F1"].verdict == "better"
+    assert "macro F1" not in measures([answer()], [None])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import numpy as np
 from unsloth_factory.evaluation.answers import BINARY, DIRECTIONS, PERPLEXITY, Answer, Sample
 from unsloth_factory.evaluation.report import Comparison, Direction, Metric, Verdict
 from unsloth_factory.inference.perplexity import AnswerLoss
-from unsloth_factory.scoring import mcnemar
+from unsloth_factory.scoring import mcnemar, normalize_answer
 from unsloth_factory.scoring.bootstrap import (
     OfSums,
     Statistic,
@@ -20,6 +21,8 @@ from unsloth_factory.scoring.bootstrap import (
     paired_deltas,
     ratio,
 )
+from unsloth_factory.scoring.json_answers import compare_fields, extract_json, reference_object
+from unsloth_factory.scoring.labels import AVERAGES, label_features, macro_scores, read_label
 from unsloth_factory.scoring.significance import ALPHA
 from unsloth_factory.scoring.text import INSTALL_HINT, corpus_scores, missing_libraries, text_scores
 
@@ -38,18 +41,61 @@ class Measure:
         return np.asarray(np.any(self.features != 0, axis=1))
 
 
-def complete(answer: Answer, sample: Sample, loss: AnswerLoss | None) -> Answer:
-    """The answer with the scores that need more than itself: its words against the reference's, that one's loss."""
+def complete(answer: Answer, sample: Sample, loss: AnswerLoss | None, labels: Sequence[str] = ()) -> Answer:
+    """The answer with the scores that need more than itself.
+
+    Args:
+        answer: As `read_answer` gives it.
+        sample: Its question and reference; a reference that is a JSON object has its fields compared.
+        loss: Of the reference, if it was measured.
+        labels: As `detect_labels` gives them; () outside of label tasks.
+    """
     scores: dict[str, float | None] = {**answer.scores, **text_scores(answer.text, sample.reference)}
+    remarks: list[str] = []
     if loss is not None:
         scores[PERPLEXITY] = float(np.exp(min(loss.total / loss.tokens, 700.0)))
-    return replace(answer, scores=scores)
+    if labels:
+        given, expected = read_label(answer.text, labels), normalize_answer(sample.reference)
+        scores["label accuracy"] = float(given == expected)
+        if given != expected:
+            remarks.append(f"label {given or 'not given'} instead of {expected}")
+    reference = reference_object(sample.reference)
+    if reference is not None:
+        found = extract_json(answer.text)
+        fields = compare_fields(found.value if found else None, reference)
+        scores |= {
+            "JSON object found": float(found is not None),
+            "JSON field accuracy": fields.accuracy,
+            "JSON field F1": fields.f1,
+        }
+        wrong = [name for name, right in fields.right.items() if not right]
+        if wrong:
+            remarks.append(f"wrong fields: {', '.join(wrong)}" if found else "no readable JSON object")
+    return replace(answer, scores=scores, remarks=(*answer.remarks, *remarks))
 
 
-def measures(answers: Sequence[Answer], losses: Sequence[AnswerLoss | None]) -> dict[str, Measure]:
-    """Every metric over one variant's answers, in the order of the table."""
+def measures(
+    answers: Sequence[Answer],
+    losses: Sequence[AnswerLoss | None],
+    references: Sequence[str] = (),
+    labels: Sequence[str] = (),
+) -> dict[str, Measure]:
+    """Every metric over one variant's answers, in the order of the table.
+
+    Args:
+        answers: Completed ones.
+        losses: Of their references.
+        references: The references, for a label task.
+        labels: Its labels; () outside of label tasks.
+    """
     found = {}
     for name in DIRECTIONS:
+        if name in AVERAGES:
+            if labels:
+                given = [read_label(answer.text, labels) for answer in answers]
+                counts = label_features(given, [normalize_answer(reference) for reference in references], labels)
+                found[name] = Measure(counts, partial(_average, name))
+            continue
         if name == PERPLEXITY:
             sums = [(loss.total, loss.tokens) if loss else (0.0, 0.0) for loss in losses]
             found[name] = Measure(np.array(sums, dtype=float).reshape(-1, 2), _perplexity)
@@ -57,6 +103,29 @@ def measures(answers: Sequence[Answer], losses: Sequence[AnswerLoss | None]) -> 
         values = [np.nan if (value := answer.scores[name]) is None else value for answer in answers]
         found[name] = Measure(mean_features(np.array(values, dtype=float)), ratio)
     return found
+
+
+def _average(name: str, sums: np.ndarray) -> np.ndarray:
+    return macro_scores(sums)[name]
+
+
+def field_table(samples: Sequence[Sample], answers: Mapping[str, Sequence[Answer]]) -> dict[str, dict[str, Any]]:
+    """JSON references by field: field -> how many references have it, and each variant's share of right ones."""
+    table: dict[str, dict[str, Any]] = {}
+    for variant, given in answers.items():
+        for sample, answer in zip(samples, given, strict=True):
+            reference = reference_object(sample.reference)
+            if reference is None:
+                continue
+            found = extract_json(answer.text)
+            for name, right in compare_fields(found.value if found else None, reference).right.items():
+                row = table.setdefault(name, {"n": 0, **dict.fromkeys(answers, 0)})
+                row[variant] += right
+                row["n"] += variant == next(iter(answers))
+    return {
+        name: {"n": row["n"], **{variant: row[variant] / row["n"] for variant in answers}}
+        for name, row in sorted(table.items(), key=lambda item: -item[1]["n"])
+    }
 
 
 def _perplexity(sums: np.ndarray) -> np.ndarray:

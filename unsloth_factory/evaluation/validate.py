@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from unsloth_factory.config.errors import UserError
 from unsloth_factory.data.template import ChatTemplate
 from unsloth_factory.evaluation.answers import Answer, Sample, badness, problems, read_answer
+from unsloth_factory.evaluation.causes import Evidence, likely_causes
 from unsloth_factory.evaluation.measures import (
     Measure,
     comparisons,
     complete,
     corpus_details,
+    field_table,
     library_notes,
     measures,
     metrics,
@@ -24,9 +26,12 @@ from unsloth_factory.evaluation.references import Losses
 from unsloth_factory.evaluation.report import EvalReport
 from unsloth_factory.inference.generate import Generation, Progress, generate
 from unsloth_factory.inference.llama_cpp import LlamaCpp
+from unsloth_factory.inference.perplexity import AnswerLoss
 from unsloth_factory.inference.sampling import GREEDY, Sampling
 from unsloth_factory.knowledge import DomainPack
 from unsloth_factory.model.loaded import LoadedModel
+from unsloth_factory.scoring import normalize_answer
+from unsloth_factory.scoring.labels import detect_labels, label_advice
 
 WORST = 5
 """Samples shown with their problems."""
@@ -141,20 +146,35 @@ def validate(
     samples = [questions.samples[i] for i in fitting]
     answers: dict[str, list[Answer]] = {}
     measured: dict[str, dict[str, Measure]] = {}
+    surprises: dict[str, Sequence[AnswerLoss | None]] = {}
+    references = [sample.reference for sample in samples]
+    labels = detect_labels(references)
     for number, (variant, answer) in enumerate(answerers.items()):
         progress = _shifted(on_progress, number, len(answerers), len(samples))
         made = answer([prompts[i] for i in fitting], questions, progress)
-        surprise = losses[variant](samples) if losses else [None] * len(samples)
+        surprises[variant] = losses[variant](samples) if losses else [None] * len(samples)
         answers[variant] = [
-            complete(read_answer(generation, sample, questions.template, questions.thinking, questions.pack), sample, s)
-            for generation, sample, s in zip(made, samples, surprise, strict=True)
+            complete(
+                read_answer(generation, sample, questions.template, questions.thinking, questions.pack),
+                sample,
+                loss,
+                labels,
+            )
+            for generation, sample, loss in zip(made, samples, surprises[variant], strict=True)
         ]
-        measured[variant] = measures(answers[variant], surprise)
+        measured[variant] = measures(answers[variant], surprises[variant], references, labels)
     notes = library_notes()
+    if labels:
+        advice = label_advice([normalize_answer(reference) for reference in references])
+        notes.append(f"A label task ({len(labels)} labels: {', '.join(labels)}); {advice}")
     if len(fitting) < len(prompts):
         notes.append(f"{len(prompts) - len(fitting)} samples were left out: longer than the model's context.")
     report = _report(questions, samples, answers, measured, notes)
-    return ValidationResult(replace(report, model=dict(model or {})), _records(samples, answers))
+    judged = "tuned" if "tuned" in answers else next(iter(answers))
+    seen = Evidence(samples, answers[judged], questions.max_new_tokens, surprises[judged], report.comparisons)
+    causes = [asdict(cause) for cause in likely_causes(seen)]
+    report = replace(report, model=dict(model or {}), details={"causes": causes, **report.details})
+    return ValidationResult(report, _records(samples, answers))
 
 
 def _shifted(on_progress: Progress | None, number: int, variants: int, samples: int) -> Progress | None:
@@ -188,6 +208,7 @@ def _report(
         notes=tuple(notes),
         details={
             "corpus": corpus_details(samples, answers),
+            "json_fields": field_table(samples, answers),
             "rules_broken": {variant: _rules(given) for variant, given in answers.items()},
             "worst": list(_worst(samples, answers)),
         },
