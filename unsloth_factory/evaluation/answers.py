@@ -23,7 +23,7 @@ from unsloth_factory.scoring.format import Thinking, language_switch, repeated_n
 from unsloth_factory.scoring.labels import AVERAGES
 
 SEVERITIES = ("critical", "major", "minor")
-PERPLEXITY = "perplexity of the reference"
+PERPLEXITY = "reference perplexity"
 DIRECTIONS: Mapping[str, Direction] = {
     "exact match": "higher",
     "label accuracy": "higher",
