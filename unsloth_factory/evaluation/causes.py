@@ -81,13 +81,13 @@ def _endings(seen: Evidence) -> Iterator[Cause]:
     if median > 0.8 * seen.max_new_tokens:
         yield Cause(
             "truncation",
-            f"{evidence}; their references have {median} tokens in the middle, {needed[-1]} at most",
+            f"{evidence}; their references have {median} tokens (median; {needed[-1]} at most)",
             f"give --max_new_tokens {2 * needed[-1]}, or train on shorter answers",
         )
     elif len(cut) >= MANY * len(seen.answers):
         yield Cause(
             "never learned to stop",
-            f"{evidence}, though their references have only {median} tokens in the middle",
+            f"{evidence}, though their references have only {median} tokens (median)",
             "train longer, and see that --max_seq_length does not cut the ends off the training rows",
         )
 

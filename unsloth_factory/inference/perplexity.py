@@ -16,6 +16,9 @@ from unsloth_factory.inference.decoder import evaluating, pad_id_of
 from unsloth_factory.inference.generate import Progress, length_batches
 from unsloth_factory.model.loaded import LoadedModel
 
+MAX_TOKENS = 4096
+"""Tokens computed together: beyond that a batch is no faster, and its activations leave a CPU's cache."""
+
 
 @dataclass(frozen=True)
 class AnswerLoss:
@@ -46,7 +49,7 @@ def answer_losses(
     """
     losses: dict[int, AnswerLoss] = {}
     with evaluating(loaded), torch.inference_mode():
-        for batch in length_batches([len(sample.ids) for sample in samples], batch_size):
+        for batch in _batches([len(sample.ids) for sample in samples], batch_size):
             totals = _batch_losses(loaded, [samples[row] for row in batch])
             for row, total in zip(batch, totals, strict=True):
                 losses[row] = AnswerLoss(total, int(samples[row].trained[1:].sum()))
@@ -55,18 +58,25 @@ def answer_losses(
     return [losses[row] for row in range(len(samples))]
 
 
+def _batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
+    """Batches of like length, none of more than MAX_TOKENS with its padding unless a row alone has more."""
+    pieces = []
+    for batch in length_batches(lengths, batch_size):
+        rows = max(1, MAX_TOKENS // max(1, lengths[batch[0]]))
+        pieces += [batch[start : start + rows] for start in range(0, len(batch), rows)]
+    return pieces
+
+
 def _batch_losses(loaded: LoadedModel, samples: Sequence[TokenSample]) -> list[float]:
-    """Summed loss of each row; padded on the right, so that causal attention never sees the padding."""
+    """Summed loss of each row; padded on the right, where causal attention never sees it and needs no mask."""
     width = max(len(sample.ids) for sample in samples)
     ids = torch.full((len(samples), width), pad_id_of(loaded), dtype=torch.long)
-    mask = torch.zeros((len(samples), width), dtype=torch.long)
     trained = torch.zeros((len(samples), width), dtype=torch.bool)
     for row, sample in enumerate(samples):
         ids[row, : len(sample.ids)] = torch.from_numpy(sample.ids.astype(np.int64))
-        mask[row, : len(sample.ids)] = 1
         trained[row, : len(sample.ids)] = torch.from_numpy(sample.trained)
     positions = torch.arange(width).expand(len(samples), width)
-    hidden = loaded.hidden_states(ids, positions, mask)[:, :-1]  # [B, T - 1, h]
+    hidden = loaded.hidden_states(ids, positions, None)[:, :-1]  # [B, T - 1, h]
     predicts = trained[:, 1:]
     rows = predicts.nonzero()[:, 0]
     wanted, targets = hidden[predicts.to(hidden.device)], ids[:, 1:][predicts].to(hidden.device)
