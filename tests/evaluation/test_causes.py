@@ -51,6 +51,14 @@ def test_cut_off_answers_are_told_apart_by_their_references():
     assert [cause.name for cause in likely_causes(seen)] == ["truncation or never learned to stop"]
 
 
+def test_thinking_that_was_not_cut_off_needs_no_more_tokens():
+    endless = replace(FINE, text="", thinking="no answer after it")
+    for stopped, advice in ((True, "train on rows with reasoning"), (False, "give more --max_new_tokens than 100")):
+        answers = [replace(endless, stopped=stopped, tokens=0)] * 2
+        (cause,) = likely_causes(Evidence([Sample((), str(i), "x") for i in range(2)], answers, 100))
+        assert cause.advice == f"{advice}, or give --think_chain false"
+
+
 def test_the_advice_of_a_truncation_is_a_budget_that_is_enough():
     cut = [replace(FINE, text=str(i), stopped=False, tokens=100) for i in range(4)]
     losses = [AnswerLoss(1.0, n) for n in (90, 120, 150, 400)]

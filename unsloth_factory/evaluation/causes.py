@@ -102,10 +102,12 @@ def _thinking(seen: Evidence) -> Iterator[Cause]:
         )
     endless, frequent = seen.share(lambda answer: answer.thinking == "no answer after it")
     if frequent:
+        cut = sum(not answer.stopped for answer in seen.answers if answer.thinking == "no answer after it")
+        longer = f"give more --max_new_tokens than {seen.max_new_tokens}" if cut else "train on rows with reasoning"
         yield Cause(
             "thinking without an end",
-            f"{_of(endless, seen)} never get from the thinking to the answer",
-            f"give more --max_new_tokens than {seen.max_new_tokens}, or --think_chain false",
+            f"{_of(endless, seen)} never get from the thinking to the answer ({cut} of them cut off)",
+            f"{longer}, or give --think_chain false",
         )
 
 
