@@ -96,6 +96,8 @@ def test_nasty_answers(wrapper, damage):
         ('{"a": 01}', None),
         ('{"a": 1 "b": 2}', None),
         ('{"a": "x"} {"b": "y"}', {"b": "y"}),
+        ('{"a": {"b": 1}, "c": "x', None),
+        ('{"a": {"b": 1} "c": 2}', None),
         ("[1, 2]", None),
         ("没有 JSON", None),
         ("", None),

@@ -203,7 +203,7 @@ class _Reader:
         return WORDS[word.group()]
 
     def _string(self) -> str:
-        """A quoted string. The closing quote must stand before punctuation: `'it's'` has no one reading."""
+        """A quoted string, to the first closing quote: `'it's'` is then followed by no punctuation, and unreadable."""
         opening = self._next()
         if opening not in QUOTES:
             raise _UnreadableError
@@ -214,8 +214,6 @@ class _Reader:
             char = self.text[self.at]
             self.at += 1
             if char == closing:
-                if self._next() not in tuple(":,}]"):
-                    raise _UnreadableError
                 return "".join(out)
             if char == "\n" or (char == opening and opening != closing):
                 raise _UnreadableError
