@@ -13,7 +13,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[export,excel,dev]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[export,excel,eval,dev]'
 	touch $@
 
 demo: install

@@ -65,6 +65,14 @@ def test_validate_answers_as_base_and_as_tuned_from_one_load(run_folder, capsys,
     assert report["metrics"]["base"].keys() == report["metrics"]["tuned"].keys()
     assert report["metrics"]["base"]["exact match"] == {"value": 0.0, "standard_error": 0.0, "n": 2, "better": "higher"}
     assert "exact match" in report["comparisons"]
+    perplexity = report["comparisons"]["reference perplexity"]
+    assert perplexity["base"] != perplexity["tuned"]
+    assert min(perplexity["base"], perplexity["tuned"]) > 1
+    assert report["metrics"]["tuned"]["token F1"]["n"] == 2
+    page = (run_folder.validation_results / "validation.html").read_text(encoding="utf-8")
+    assert "From base to tuned" in page
+    assert "高血压患者平时注意什么？" in page
+    assert "| **exact match** |" in (run_folder.validation_results / "validation.md").read_text(encoding="utf-8")
     lines = (run_folder.validation_results / "samples.jsonl").read_text(encoding="utf-8").splitlines()
     records = [json.loads(line) for line in lines]
     assert [record["source"] for record in records] == ["d.csv:2", "d.csv:3"]

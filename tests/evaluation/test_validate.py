@@ -100,7 +100,7 @@ def test_the_last_assistant_turn_is_the_reference_and_the_system_prompt_is_added
     first, second = samples_of(conversations, "S")
     assert first == Sample((Turn("system", "S"), *turns[:3]), "a2", "x:1")
     assert first.question == "q2"
-    assert second == Sample((Turn("system", "own"), turns[0]), "a1", "x:2")
+    assert second == Sample((Turn("system", "own"), turns[0]), "a1", "x:2", "r1")
 
 
 class Model:

@@ -25,6 +25,8 @@ from unsloth_factory.data.load import load_conversations
 from unsloth_factory.data.split import read_validation_split
 from unsloth_factory.data.template import ChatTemplate
 from unsloth_factory.evaluation.answers import Sample, samples_of
+from unsloth_factory.evaluation.pages import html_page, markdown_page
+from unsloth_factory.evaluation.references import model_losses
 from unsloth_factory.evaluation.tables import print_report, print_worst
 from unsloth_factory.evaluation.validate import (
     Questions,
@@ -57,6 +59,7 @@ def run(config: ValidateConfig) -> int:
                 model_answerers(loaded, resolved.variants),
                 _questions(config, resolved, samples, pack, template),
                 max_positions=loaded.max_positions,
+                losses=model_losses(loaded, template, resolved.variants, config.batch_size),
                 model=resolved.description(loaded),
                 on_progress=progress,
             )
@@ -66,7 +69,12 @@ def run(config: ValidateConfig) -> int:
     lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in result.records]
     write_json(folder / names[0], result.report.to_dict())
     write_text(folder / names[1], "".join(lines))
-    console.print(f"saved {folder / names[0]}, {names[1]}", highlight=False, markup=False, soft_wrap=True)
+    pages = [f"{Path(names[0]).stem}.{kind}" for kind in ("html", "md")]
+    write_text(folder / pages[0], html_page(result.report))
+    write_text(folder / pages[1], markdown_page(result.report))
+    console.print(
+        f"saved {folder / names[0]}, {names[1]}, {', '.join(pages)}", highlight=False, markup=False, soft_wrap=True
+    )
     return 0
 
 

@@ -19,10 +19,25 @@ from unsloth_factory.scoring import (
     rule_violations,
     term_coverage,
 )
+from unsloth_factory.scoring.format import Thinking, language_switch, repeated_ngram, thinking_state
+from unsloth_factory.scoring.labels import AVERAGES
 
 SEVERITIES = ("critical", "major", "minor")
+PERPLEXITY = "reference perplexity"
 DIRECTIONS: Mapping[str, Direction] = {
     "exact match": "higher",
+    "label accuracy": "higher",
+    **dict.fromkeys(AVERAGES, "higher"),
+    "JSON object found": "higher",
+    "JSON field accuracy": "higher",
+    "JSON field F1": "higher",
+    "token F1": "higher",
+    "BLEU-4": "higher",
+    "chrF": "higher",
+    "ROUGE-1": "higher",
+    "ROUGE-2": "higher",
+    "ROUGE-L": "higher",
+    PERPLEXITY: "lower",
     "term coverage": "higher",
     "association coverage": "higher",
     **{f"{severity} violations per answer": "lower" for severity in SEVERITIES},
@@ -30,10 +45,16 @@ DIRECTIONS: Mapping[str, Direction] = {
     "stopped by itself": "higher",
     "empty answers": "lower",
     "repetition loops": "lower",
+    "broken thinking": "lower",
+    "language switches": "lower",
     "answer tokens": "neutral",
 }
-"""Every metric of a validation, in the order of the table. Shares are means of 0/1 over the answers."""
-BINARY = ("exact match", "control-token leaks", "stopped by itself", "empty answers", "repetition loops")
+"""Every metric of a validation, in the order of the table. Shares are means of 0/1 over the answers.
+
+`read_answer` knows those that need the answer alone; the others are None until `measures.complete` fills them in.
+"""
+FAULTS = ("control-token leaks", "empty answers", "repetition loops", "broken thinking", "language switches")
+BINARY = ("exact match", "label accuracy", "JSON object found", "stopped by itself", *FAULTS)
 
 
 @dataclass(frozen=True)
@@ -43,6 +64,8 @@ class Sample:
     prompt: tuple[Turn, ...]
     reference: str
     source: str
+    reasoning: str | None = None
+    """What the person thought before the answer, if it was written down."""
 
     @property
     def question(self) -> str:
@@ -66,6 +89,11 @@ class Answer:
     """rule_id, severity, sentence and the matched words."""
     scores: dict[str, float | None]
     """Metric -> value; None where the question says nothing about it (no term in the reference, say)."""
+    thinking: Thinking = "fine"
+    switch: str | None = None
+    """How it leaves the language of the reference, in words."""
+    remarks: tuple[str, ...] = ()
+    """What is wrong with it as JSON or as a label, in words."""
 
 
 def samples_of(conversations: Sequence[Conversation], system: str | None) -> list[Sample]:
@@ -82,7 +110,9 @@ def samples_of(conversations: Sequence[Conversation], system: str | None) -> lis
         if last == 0:
             continue
         opening = (Turn("system", system),) if system and turns[0].role != "system" else ()
-        samples.append(Sample((*opening, *turns[:last]), turns[last].content, conversation.source))
+        samples.append(
+            Sample((*opening, *turns[:last]), turns[last].content, conversation.source, turns[last].reasoning)
+        )
     return samples
 
 
@@ -94,6 +124,8 @@ def read_answer(
     # Those that were generated as tokens, and those that were spelt out of ordinary ones.
     leaked += control_token_leak(text, template.control_tokens)
     loop = repetition_loop(text)
+    repeated = loop.unit if loop else repeated_ngram(text)
+    state, switch = thinking_state(text, reasoning, thinking), language_switch(text, sample.reference)
     violations = [asdict(v) for v in rule_violations(text, pack, sample.question)] if pack else []
     scores: dict[str, float | None] = {
         "exact match": float(exact_match(text, sample.reference)),
@@ -102,7 +134,9 @@ def read_answer(
         "control-token leaks": float(bool(leaked)),
         "stopped by itself": float(generation.stopped),
         "empty answers": float(not text),
-        "repetition loops": float(loop is not None),
+        "repetition loops": float(repeated is not None),
+        "broken thinking": float(state != "fine"),
+        "language switches": float(switch is not None),
         "answer tokens": float(len(generation.ids)),
     }
     for severity in SEVERITIES:
@@ -114,9 +148,11 @@ def read_answer(
         leaked=tuple(leaked),
         stopped=generation.stopped,
         tokens=len(generation.ids),
-        loop=loop.unit if loop else None,
+        loop=repeated,
         violations=tuple(violations),
-        scores={name: scores[name] for name in DIRECTIONS},
+        scores={name: scores.get(name) for name in DIRECTIONS},
+        thinking=state,
+        switch=switch,
     )
 
 
@@ -131,6 +167,11 @@ def problems(answer: Answer) -> list[str]:
         found.append(f"cut off after {answer.tokens} tokens")
     if answer.loop:
         found.append(f"repeats {answer.loop!r}")
+    if answer.thinking != "fine" and answer.text:
+        found.append(f"thinking: {answer.thinking}")
+    if answer.switch:
+        found.append(f"language: {answer.switch}")
+    found.extend(answer.remarks)
     return found
 
 
@@ -139,8 +180,9 @@ def badness(answer: Answer) -> tuple[float, ...]:
     by_severity = [sum(v["severity"] == severity for v in answer.violations) for severity in SEVERITIES]
     coverage = [answer.scores[name] for name in ("term coverage", "association coverage")]
     missed = sum(1 - value for value in coverage if value is not None)
-    broken = bool(answer.leaked) + (not answer.stopped) + (not answer.text) + bool(answer.loop)
-    return (*by_severity, broken, missed, 1 - (answer.scores["exact match"] or 0))
+    broken = sum(answer.scores[name] or 0 for name in FAULTS) + (not answer.stopped) + bool(answer.remarks)
+    unlike = 1 - (answer.scores["token F1"] or 0)
+    return (*by_severity, broken, missed, 1 - (answer.scores["exact match"] or 0), unlike)
 
 
 def _by_severity(violations: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

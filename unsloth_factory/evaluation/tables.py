@@ -8,8 +8,10 @@ from typing import Any
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from unsloth_factory.evaluation.report import Comparison, EvalReport, Metric
+from unsloth_factory.evaluation.rows import plain_name, silent_faults, table_rows
 
 MANY_SUBJECTS = 12
 """More subjects than this are only in the JSON file."""
@@ -18,17 +20,50 @@ MANY_SUBJECTS = 12
 def print_report(report: EvalReport, console: Console) -> None:
     """Print the metrics, what a benchmark has beyond them, and the notes."""
     if any(report.metrics.values()):
+        validation = report.task == "validation"
         error = "± standard error" + ("; differences ± 95 % interval" if report.comparisons else "")
+        if validation and report.comparisons:
+            error = "differences with 95 % intervals (paired bootstrap), regressions first"
         console.print(f"{report.task}: {report.n:,} questions, {error}", highlight=False, soft_wrap=True)
-        console.print(metrics_table(report))
+        console.print(delta_table(report) if validation else metrics_table(report))
         console.print(_conclusion(report), highlight=False, soft_wrap=True)
     subjects = report.details.get("subjects", {})
     if 1 < len(subjects) <= MANY_SUBJECTS:
         console.print(_subjects_table(subjects, list(report.metrics)))
     for line in _letters(report):
         console.print(line, highlight=False, soft_wrap=True)
+    silent = silent_faults(report) if report.task == "validation" else []
+    if silent:
+        console.print(f"in no answer: {', '.join(map(plain_name, silent))}", highlight=False, soft_wrap=True)
+    for cause in report.details.get("causes", []):
+        line = f"likely cause: {cause['name']}: {cause['evidence']}. What to do: {cause['advice']}"
+        console.print(line, style="yellow", highlight=False, markup=False, soft_wrap=True)
     for note in report.notes:
         console.print(f"note: {note}", style="yellow", highlight=False, markup=False, soft_wrap=True)
+
+
+def delta_table(report: EvalReport) -> Table:
+    """A validation's metrics: regressions first, faults that no answer has left out. Fits 80 columns."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("metric")
+    for variant in report.metrics:
+        table.add_column(variant, justify="right")
+    if report.comparisons:
+        table.add_column("difference", justify="right")
+        table.add_column("95 % interval", justify="right")
+        table.add_column("verdict")
+    for row in table_rows(report):
+        name = f"{row.name} *" if row.headline else row.name
+        if report.comparisons:
+            style = {"worse": "red", "better": "green"}.get(row.verdict)
+            table.add_row(name, *row.values, row.delta, Text(row.interval), row.verdict, style=style)
+        else:
+            table.add_row(name, *map(_with_error, row.values, row.errors))
+    return table
+
+
+def _with_error(value: str, error: str) -> str:
+    return f"{value}±{error}" if error else value
 
 
 def metrics_table(report: EvalReport) -> Table:
@@ -115,7 +150,8 @@ def _letters(report: EvalReport) -> Iterator[str]:
 def print_worst(report: EvalReport, console: Console, shown: int = 3) -> None:
     """Print the worst answers with what is wrong with them."""
     for sample in [sample for sample in report.details.get("worst", []) if sample["problems"]][:shown]:
-        console.print(f"worst: {sample['source']}: {'; '.join(sample['problems'][:3])}", style="red", markup=False)
+        problems = "; ".join(map(_short, sample["problems"][:3]))
+        console.print(f"worst: {sample['source']}: {problems}", style="red", markup=False, soft_wrap=True)
         for name in ("question", "reference", *report.metrics):
             console.print(f"  {name}: {_short(sample[name])}", highlight=False, markup=False, soft_wrap=True)
 

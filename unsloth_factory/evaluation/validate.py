@@ -4,23 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from unsloth_factory.config.errors import UserError
 from unsloth_factory.data.template import ChatTemplate
-from unsloth_factory.evaluation.answers import BINARY, DIRECTIONS, Answer, Sample, badness, problems, read_answer
-from unsloth_factory.evaluation.averages import compare, mean_metric, normal_p
-from unsloth_factory.evaluation.report import Comparison, EvalReport, Metric
+from unsloth_factory.evaluation.answers import Answer, Sample, badness, problems, read_answer
+from unsloth_factory.evaluation.causes import Evidence, likely_causes
+from unsloth_factory.evaluation.measures import (
+    Measure,
+    comparisons,
+    complete,
+    corpus_details,
+    field_table,
+    library_notes,
+    measures,
+    metrics,
+)
+from unsloth_factory.evaluation.references import Losses
+from unsloth_factory.evaluation.report import EvalReport
 from unsloth_factory.inference.generate import Generation, Progress, generate
 from unsloth_factory.inference.llama_cpp import LlamaCpp
+from unsloth_factory.inference.perplexity import AnswerLoss
 from unsloth_factory.inference.sampling import GREEDY, Sampling
 from unsloth_factory.knowledge import DomainPack
 from unsloth_factory.model.loaded import LoadedModel
-from unsloth_factory.scoring import mcnemar
+from unsloth_factory.scoring import normalize_answer
+from unsloth_factory.scoring.labels import detect_labels, label_advice
 
 WORST = 5
 """Samples shown with their problems."""
@@ -107,6 +118,7 @@ def validate(
     questions: Questions,
     *,
     max_positions: int,
+    losses: Mapping[str, Losses] | None = None,
     model: dict[str, Any] | None = None,
     on_progress: Progress | None = None,
 ) -> ValidationResult:
@@ -116,6 +128,7 @@ def validate(
         answerers: variant -> what answers; with "base" and "tuned" the report compares them.
         questions: Samples, template, thinking mode, domain pack and generation settings.
         max_positions: The model's context, tokens; samples that do not fit are left out, and it says so.
+        losses: variant -> what measures how surprised it is by the references; without it there is no perplexity.
         model: Path, adapter, engine and so on, for the report.
         on_progress: Called with (answers done, all), over all variants.
 
@@ -132,17 +145,36 @@ def validate(
         )
     samples = [questions.samples[i] for i in fitting]
     answers: dict[str, list[Answer]] = {}
+    measured: dict[str, dict[str, Measure]] = {}
+    surprises: dict[str, Sequence[AnswerLoss | None]] = {}
+    references = [sample.reference for sample in samples]
+    labels = detect_labels(references)
     for number, (variant, answer) in enumerate(answerers.items()):
         progress = _shifted(on_progress, number, len(answerers), len(samples))
         made = answer([prompts[i] for i in fitting], questions, progress)
+        surprises[variant] = losses[variant](samples) if losses else [None] * len(samples)
         answers[variant] = [
-            read_answer(generation, sample, questions.template, questions.thinking, questions.pack)
-            for generation, sample in zip(made, samples, strict=True)
+            complete(
+                read_answer(generation, sample, questions.template, questions.thinking, questions.pack),
+                sample,
+                loss,
+                labels,
+            )
+            for generation, sample, loss in zip(made, samples, surprises[variant], strict=True)
         ]
-    notes = []
+        measured[variant] = measures(answers[variant], surprises[variant], references, labels)
+    notes = library_notes()
+    if labels:
+        advice = label_advice([normalize_answer(reference) for reference in references])
+        notes.append(f"A label task ({len(labels)} labels: {', '.join(labels)}); {advice}")
     if len(fitting) < len(prompts):
         notes.append(f"{len(prompts) - len(fitting)} samples were left out: longer than the model's context.")
-    return ValidationResult(_report(questions, samples, answers, notes, dict(model or {})), _records(samples, answers))
+    report = _report(questions, samples, answers, measured, notes)
+    judged = "tuned" if "tuned" in answers else next(iter(answers))
+    seen = Evidence(samples, answers[judged], questions.max_new_tokens, surprises[judged], report.comparisons)
+    causes = [asdict(cause) for cause in likely_causes(seen)]
+    report = replace(report, model=dict(model or {}), details={"causes": causes, **report.details})
+    return ValidationResult(report, _records(samples, answers))
 
 
 def _shifted(on_progress: Progress | None, number: int, variants: int, samples: int) -> Progress | None:
@@ -155,13 +187,13 @@ def _report(
     questions: Questions,
     samples: Sequence[Sample],
     answers: Mapping[str, list[Answer]],
+    measured: Mapping[str, Mapping[str, Measure]],
     notes: list[str],
-    model: dict[str, Any],
 ) -> EvalReport:
-    columns = {variant: _columns(given) for variant, given in answers.items()}
+    both = {"base", "tuned"} <= measured.keys()
     return EvalReport(
         task="validation",
-        model=model,
+        model={},
         settings={
             "thinking": questions.thinking,
             "domain": questions.pack.name if questions.pack else None,
@@ -170,49 +202,17 @@ def _report(
             "chat_template_sha256": questions.template.sha256,
         },
         n=len(samples),
-        metrics={variant: _metrics(values) for variant, values in columns.items()},
-        comparisons=_comparisons(columns["base"], columns["tuned"]) if {"base", "tuned"} <= columns.keys() else {},
+        metrics={variant: metrics(values) for variant, values in measured.items()},
+        comparisons=comparisons(measured["base"], measured["tuned"]) if both else {},
         headline="exact match",
         notes=tuple(notes),
         details={
+            "corpus": corpus_details(samples, answers),
+            "json_fields": field_table(samples, answers),
             "rules_broken": {variant: _rules(given) for variant, given in answers.items()},
             "worst": list(_worst(samples, answers)),
         },
     )
-
-
-def _columns(answers: Sequence[Answer]) -> dict[str, np.ndarray]:
-    """Metric -> one value an answer, NaN where it does not apply."""
-    return {
-        name: np.array([np.nan if a.scores[name] is None else a.scores[name] for a in answers], dtype=float)
-        for name in DIRECTIONS
-    }
-
-
-def _metrics(columns: Mapping[str, np.ndarray]) -> dict[str, Metric]:
-    metrics = {}
-    for name, values in columns.items():
-        mean = mean_metric(values[~np.isnan(values)])
-        metrics[name] = Metric(mean.value, mean.standard_error, mean.n, DIRECTIONS[name])
-    return metrics
-
-
-def _comparisons(base: Mapping[str, np.ndarray], tuned: Mapping[str, np.ndarray]) -> dict[str, Comparison]:
-    """Paired: only samples for which both have a value; McNemar's exact test for the 0/1 metrics."""
-    comparisons = {}
-    for name, better in DIRECTIONS.items():
-        both = ~np.isnan(base[name]) & ~np.isnan(tuned[name])
-        if not both.any():
-            continue
-        before, after = base[name][both], tuned[name][both]
-        difference = mean_metric(after - before)
-        p_value = normal_p(difference.value, difference.standard_error)
-        if name in BINARY:
-            p_value = mcnemar(int((after < before).sum()), int((after > before).sum()))
-        comparisons[name] = compare(
-            float(before.mean()), float(after.mean()), difference.standard_error, p_value, better
-        )
-    return comparisons
 
 
 def _rules(answers: Sequence[Answer]) -> dict[str, int]:
