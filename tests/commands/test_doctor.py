@@ -82,7 +82,8 @@ def test_little_room(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_export_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr("unsloth_factory.inference.llama_cpp.find_spec", lambda name: None)
+    for module in ("inference.llama_cpp", "scoring.text"):
+        monkeypatch.setattr(f"unsloth_factory.{module}.find_spec", lambda name: None)
     monkeypatch.setattr(
         metadata, "packages_distributions", lambda: {"llama_cpp": ["llama_cpp_python", "llama-cpp-python"]}
     )

@@ -22,6 +22,7 @@ from unsloth_factory.export.converter import find_converter
 from unsloth_factory.export.ollama import OllamaServer
 from unsloth_factory.model.device import pick_device_dtype
 from unsloth_factory.model.environment import versions
+from unsloth_factory.scoring.text import missing_libraries
 
 State = Literal["ok", "note", "problem"]
 MARKS = {"ok": "[green]ok[/green]", "note": "[yellow]note[/yellow]", "problem": "[bold red]problem[/bold red]"}
@@ -161,6 +162,9 @@ def check_export(_: DoctorConfig) -> Iterator[Finding]:
     present = importlib.util.find_spec("openpyxl") is not None
     fix = "" if present else "pip install 'unsloth-factory[excel]'"
     yield Finding("Excel files", "readable" if present else "openpyxl is missing", "ok" if present else "note", fix)
+    lost = [metric for metrics in missing_libraries().values() for metric in metrics]
+    fix = "pip install 'unsloth-factory[eval]'" if lost else ""
+    yield Finding("text metrics", f"without {', '.join(lost)}" if lost else "all", "note" if lost else "ok", fix)
 
 
 def check_ollama(_: DoctorConfig) -> Iterator[Finding]:
