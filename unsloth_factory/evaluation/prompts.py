@@ -25,8 +25,13 @@ class ChoicePrompt:
 
     ids: list[int]
     choices: list[list[int]]
-    sha256: str
-    """Of the rendered text."""
+    text: str
+    """As rendered, control tokens included."""
+
+    @property
+    def sha256(self) -> str:
+        """Of the rendered text."""
+        return hashlib.sha256(self.text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -80,7 +85,7 @@ class PromptMaker:
             tail = _after_last(rendered, self.template.control_tokens)
             joined = continuations(self.template.encode_text, ids, tail, self.benchmark.letters)
             kept, choices = joined or (ids, [self.template.encode_text(letter) for letter in self.benchmark.letters])
-        return ChoicePrompt(kept, choices, hashlib.sha256(rendered.encode("utf-8", "surrogatepass")).hexdigest())
+        return ChoicePrompt(kept, choices, rendered)
 
     def _plain(self, text: str) -> tuple[list[int], list[list[int]]]:
         ids = list(self.tokenizer.encode(text))
@@ -128,7 +133,7 @@ def _cut(prompt: ChoicePrompt, max_tokens: int) -> ChoicePrompt:
         raise UserError(f"The model's context of {max_tokens} tokens is too short for any question.")
     if len(prompt.ids) <= room:
         return prompt
-    return ChoicePrompt(prompt.ids[-room:], prompt.choices, prompt.sha256)
+    return ChoicePrompt(prompt.ids[-room:], prompt.choices, prompt.text)
 
 
 def continuations(
