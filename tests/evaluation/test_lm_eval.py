@@ -122,7 +122,7 @@ def test_ceval_equals_the_harness(kind, rows, plain, shared_data, tiny_model_dir
         gap = np.abs(scores - other).max()
         print(
             f"\n{kind}, {'plain' if plain else 'chat'}, {len(prompts)} questions: {seconds:.1f} s, lm-eval at batch "
-            f"{batch_size} {other_seconds:.1f} s: {other_seconds / seconds:.1f} x; log-probs differ by at most {gap:.2e}"
+            f"{batch_size} {other_seconds:.1f} s: {other_seconds / seconds:.1f} x; log-probs within {gap:.2e}"
         )
     if plain:
         assert [list(prompt.ids) for prompt in prompts] == [list(peer.tok_encode(prompt.text)) for prompt in prompts]

@@ -25,19 +25,20 @@ def run(config: EvaluateConfig) -> int:
     benchmark = load_benchmark(config.task)
     benchmark.prompt(config.lang)
     folder = _task_folder(benchmark, config.task_dir)
+    split = config.split or benchmark.default_split
     # Before the weights are loaded: a misspelt subject must not cost a minute.
-    select_subjects(benchmark, folder, config.split, config.subjects)
+    select_subjects(benchmark, folder, split, config.subjects)
     resolved = resolve_source(config.source, config.model, quantization_bit=config.quantization_bit)
     loaded, template = load_source(resolved, console)
     maker = PromptMaker(
         benchmark=benchmark,
         tokenizer=loaded.tokenizer,
         template=None if config.no_chat_template else template,
-        lang=config.lang,
+        lang=config.lang or next(iter(benchmark.prompts)),
         thinking=bool(config.think_chain),
     )
     options = ChoiceOptions(
-        n_shot=config.n_shot, split=config.split, subjects=config.subjects, max_tokens=loaded.max_positions
+        n_shot=config.n_shot, split=split, subjects=config.subjects, max_tokens=loaded.max_positions
     )
     scorers = model_scorers(loaded, resolved.variants, config.batch_size)
     with counting(console, f"{benchmark.title}: subjects") as progress:

@@ -84,17 +84,17 @@ class EvaluateConfig:
     source: FinishedRun = field(default_factory=FinishedRun)
     model: ModelSettings = field(default_factory=ModelSettings)
     task: str = "ceval"
-    """Benchmark: a name of evaluation/benchmarks or a YAML file."""
+    """Benchmark: ceval, cmmlu, mmlu, a YAML file, or a table with columns question, A, B, ..., answer."""
     task_dir: str | None = None
     """Folder of the benchmark's data in its upstream layout (dev/, val/)."""
     n_shot: int = 5
     """Worked examples before each question, from the dev split alone."""
-    lang: Literal["zh", "en"] = "zh"
-    """Language of the prompt around the questions."""
+    lang: Literal["zh", "en"] | None = None
+    """Language of the prompt around the questions. Default: the benchmark's first."""
     subjects: str | None = None
     """Subjects by commas; default: all."""
-    split: Literal["val", "test"] = "val"
-    """Questions that are scored."""
+    split: Literal["val", "test"] | None = None
+    """Questions that are scored. Default: the benchmark's own, val for ceval, test for cmmlu and mmlu."""
     batch_size: int = 8
     """Questions scored together."""
     no_chat_template: bool = False

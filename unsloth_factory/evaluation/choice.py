@@ -7,7 +7,7 @@ examples come from the benchmark's own split for them and never hold a scored qu
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,8 @@ class ChoiceOptions:
     """What is scored, and how it is shown."""
 
     n_shot: int = 5
-    split: str = "val"
+    split: str = ""
+    """Empty for the benchmark's own."""
     subjects: str | None = None
     """By commas; None for all."""
     max_tokens: int = 2**31
@@ -136,11 +137,7 @@ def evaluate(
         UserError: Files or subjects that are missing or wrong.
     """
     benchmark = maker.benchmark
-    known = (*benchmark.scored_splits, *benchmark.submission_splits)
-    if options.split not in known:
-        raise UsageError(f"--split {options.split}: {benchmark.name} has {', '.join(known)}.")
-    if options.split == benchmark.shots_split and options.n_shot:
-        raise UsageError(f"--split {options.split} is where the worked examples come from. Give --n_shot 0.")
+    options = _checked(benchmark, options)
     subjects = select_subjects(benchmark, folder, options.split, options.subjects)
     # All files are read before the first question is scored: a broken one is found in seconds, not after an hour.
     material = [(subject, *_read(benchmark, folder, subject, options)) for subject in subjects]
@@ -154,6 +151,17 @@ def evaluate(
         if on_progress:
             on_progress(done, len(subjects))
     return _result(maker, options, scored, dict(model or {}))
+
+
+def _checked(benchmark: Benchmark, options: ChoiceOptions) -> ChoiceOptions:
+    """The options with the benchmark's own split filled in, and no worked examples where there are none."""
+    known = (*benchmark.scored_splits, *benchmark.submission_splits)
+    options = replace(options, split=options.split or known[0], n_shot=options.n_shot if benchmark.shots_split else 0)
+    if options.split not in known:
+        raise UsageError(f"--split {options.split}: {benchmark.name} has {', '.join(known)}.")
+    if options.split == benchmark.shots_split and options.n_shot:
+        raise UsageError(f"--split {options.split} is where the worked examples come from. Give --n_shot 0.")
+    return options
 
 
 def _read(

@@ -73,7 +73,8 @@ class PromptMaker:
     def encode(self, subject: Subject, shots: Sequence[Question], question: Question) -> ChoicePrompt:
         """One question behind its worked examples."""
         texts = [self._text(item) for item in (*shots, question)]
-        texts[0] = self.benchmark.prompt(self.lang).intro.format(subject=subject.title(self.lang)) + texts[0]
+        intro = self.benchmark.prompt(self.lang).intro.replace("{subject}", subject.title(self.lang))
+        texts[0] = intro + texts[0]
         answers = [str(shot.answer) for shot in shots]
         if self.template is None:
             rendered = _one_text(texts, answers)
