@@ -55,7 +55,7 @@ def mmlu(folder: Path) -> None:
         for split, answers in (("dev", "CB"), ("test", key)):
             (folder / split).mkdir(parents=True, exist_ok=True)
             rows = [
-                f'"{subject}{split}{i}; which, of these?",same{i},same{i},{i},"x,{i}",{a}'
+                f'"{subject}{split}{i}; which, of these?",same{i},same{i},{i}0000,"so,{i}0",{a}'
                 for i, a in enumerate(answers)
             ]
             (folder / split / f"{subject}_{split}.csv").write_text("\n".join(rows) + "\n", encoding="utf-8")
@@ -66,10 +66,14 @@ def table(folder: Path) -> None:
     (folder / "mine.csv").write_text("\n".join(["question,A,B,C,answer", *rows]) + "\n", encoding="utf-8")
 
 
-def maker_of(name: str, template=None) -> PromptMaker:
+def maker_of(name: str, template=None, mode="letter") -> PromptMaker:
     benchmark = load_benchmark(name)
     return PromptMaker(
-        benchmark=benchmark, tokenizer=CharTokenizer(), template=template, lang=next(iter(benchmark.prompts))
+        benchmark=benchmark,
+        tokenizer=CharTokenizer(),
+        template=template,
+        lang=next(iter(benchmark.prompts)),
+        mode="letter" if mode == "letter" else "text",
     )
 
 
@@ -94,9 +98,9 @@ def test_published_layouts(tmp_path, name, write):
     if name == "mmlu":
         assert seen[1] == (
             "The following are multiple choice questions (with answers) about anatomy.\n\n"
-            "anatomydev0; which, of these?\nA. same0\nB. same0\nC. 0\nD. x,0\nAnswer:C\n\n"
-            "anatomydev1; which, of these?\nA. same1\nB. same1\nC. 1\nD. x,1\nAnswer:B\n\n"
-            "anatomytest1; which, of these?\nA. same1\nB. same1\nC. 1\nD. x,1\nAnswer:"
+            "anatomydev0; which, of these?\nA. same0\nB. same0\nC. 00000\nD. so,00\nAnswer: C\n\n"
+            "anatomydev1; which, of these?\nA. same1\nB. same1\nC. 10000\nD. so,10\nAnswer: B\n\n"
+            "anatomytest1; which, of these?\nA. same1\nB. same1\nC. 10000\nD. so,10\nAnswer:"
         )
     else:
         assert seen[0].startswith("以下是关于解剖学的单项选择题")
@@ -135,8 +139,9 @@ def test_a_table_needs_no_yaml(tmp_path):
 
 
 @pytest.mark.parametrize("template", [None, Turns()], ids=["plain", "chat"])
+@pytest.mark.parametrize("mode", ["letter", "text", "text_normalized"])
 @pytest.mark.parametrize(("name", "write"), [("cmmlu", cmmlu), ("mmlu", mmlu)])
-def test_models_with_known_scores(tmp_path, name, write, template):
+def test_models_with_known_scores(tmp_path, name, write, template, mode):
     """Always A: the share of A. The key: 1. Random: exactly what its recorded letters score."""
     write(tmp_path)
     picks: list[int] = []
@@ -151,13 +156,13 @@ def test_models_with_known_scores(tmp_path, name, write, template):
         return np.log(np.eye(4)[right] * 0.9 + 0.01)
 
     def at_random(prompts, choices):
-        scores = rng.normal(size=(len(prompts), 4))
+        scores = -rng.random(size=(len(prompts), 4))
         picks.extend(scores.argmax(axis=1).tolist())
         return scores
 
-    options = ChoiceOptions(n_shot=2, subjects="anatomy,virology")
+    options = ChoiceOptions(n_shot=2, subjects="anatomy,virology", per_character=mode == "text_normalized")
     scorers = {"base": always_a, "tuned": knows, "random": at_random}
-    metrics = evaluate(maker_of(name, template), tmp_path, scorers, options).report.metrics
+    metrics = evaluate(maker_of(name, template, mode), tmp_path, scorers, options).report.metrics
     assert metrics["base"]["micro accuracy"].value == pytest.approx(3 / 7)
     assert metrics["base"]["macro accuracy"].value == pytest.approx((1 / 4 + 2 / 3) / 2)
     assert {metric.value for metric in metrics["tuned"].values()} == {1.0}
@@ -225,3 +230,47 @@ def test_a_wrong_yaml_names_file_and_field(tmp_path, line, message):
     (tmp_path / "toy.yaml").write_text("\n".join([*kept, line]), encoding="utf-8")
     with pytest.raises(UserError, match=rf"toy\.yaml, {message}"):
         load_benchmark(str(tmp_path / "toy.yaml"))
+
+
+def test_text_mode_scores_the_options_texts_without_listing_them(tmp_path):
+    table(tmp_path)
+    (tmp_path / "dev").mkdir()
+    (tmp_path / "val").mkdir()
+    text = (tmp_path / "mine.csv").read_text(encoding="utf-8")
+    (tmp_path / "val/x.csv").write_text(text, encoding="utf-8")
+    (tmp_path / "dev/x.csv").write_text(
+        text.replace("q", "dev q").replace("dev question", "question"), encoding="utf-8"
+    )
+    (tmp_path / "toy.yaml").write_text(
+        'layout: "{split}/{subject}.csv"\nletters: [A, B, C]\n'
+        'prompts: {zh: {intro: "", question: "{question}\\n{choices}\\n答：", delimiter: "~"}}',
+        encoding="utf-8",
+    )
+    plain = maker_of(str(tmp_path / "toy.yaml"))
+    maker = PromptMaker(benchmark=plain.benchmark, tokenizer=CharTokenizer(), template=None, mode="text")
+    calls = []
+
+    def score(prompts, choices):
+        calls.append((["".join(map(chr, ids)) for ids in prompts], choices))
+        return np.array([[-4.0, -2.0, -6.0]] * len(prompts))
+
+    result = evaluate(maker, tmp_path, {"base": score}, ChoiceOptions(n_shot=1))
+    assert calls[0][0][0] == "dev q0?\n答：~乙0\n\nq0?\n答："
+    assert ["".join(map(chr, ids)) for ids in calls[0][1][0]] == ["~甲0", "~乙0", "~丙0"]
+    assert result.report.settings["choice_mode"] == "text"
+    assert [record["base"]["choice"] for record in result.records] == ["B", "B", "B"]
+    chat = PromptMaker(benchmark=plain.benchmark, tokenizer=CharTokenizer(), template=Turns(), mode="text")
+    evaluate(chat, tmp_path, {"base": score}, ChoiceOptions(n_shot=1))
+    assert calls[1][0][0] == "<user\ndev q0?\n答：><assistant\n乙0><user\nq0?\n答：><assistant\n"
+    assert ["".join(map(chr, ids)) for ids in calls[1][1][0]] == ["甲0", "乙0", "丙0"]
+
+
+def test_text_normalized_divides_by_characters(tmp_path):
+    (tmp_path / "mine.csv").write_text("question,A,B,answer\nq,短,长长长长,B\n", encoding="utf-8")
+    path = str(tmp_path / "mine.csv")
+    scorers = {"base": lambda prompts, choices: np.array([[-2.0, -3.0]])}
+    plain = evaluate(maker_of(path), tmp_path, scorers, ChoiceOptions())
+    assert plain.records[0]["base"]["choice"] == "A"
+    result = evaluate(maker_of(path), tmp_path, scorers, ChoiceOptions(per_character=True))
+    assert result.records[0]["base"] == {"logprobs": {"A": -2.0, "B": -3.0}, "choice": "B", "correct": True}
+    assert result.report.settings["choice_mode"] == "text_normalized"

@@ -36,9 +36,14 @@ def run(config: EvaluateConfig) -> int:
         template=None if config.no_chat_template else template,
         lang=config.lang or next(iter(benchmark.prompts)),
         thinking=bool(config.think_chain),
+        mode="letter" if config.choice_mode == "letter" else "text",
     )
     options = ChoiceOptions(
-        n_shot=config.n_shot, split=split, subjects=config.subjects, max_tokens=loaded.max_positions
+        n_shot=config.n_shot,
+        split=split,
+        subjects=config.subjects,
+        per_character=config.choice_mode == "text_normalized",
+        max_tokens=loaded.max_positions,
     )
     scorers = model_scorers(loaded, resolved.variants, config.batch_size)
     with counting(console, f"{benchmark.title}: subjects") as progress:

@@ -93,6 +93,8 @@ class EvaluateConfig:
     """Language of the prompt around the questions. Default: the benchmark's first."""
     subjects: str | None = None
     """Subjects by commas; default: all."""
+    choice_mode: Literal["letter", "text", "text_normalized"] = "letter"
+    """What is scored: the option's letter, its text (options not listed), or that per character of the option."""
     split: Literal["val", "test"] | None = None
     """Questions that are scored. Default: the benchmark's own, val for ceval, test for cmmlu and mmlu."""
     batch_size: int = 8

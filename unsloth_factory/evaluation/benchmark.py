@@ -19,6 +19,8 @@ from unsloth_factory.config.errors import UsageError, UserError
 from unsloth_factory.data.readers import read_table
 
 MAX_BYTES = 1 << 20
+Mode = Literal["letter", "text"]
+"""What is scored after the question: the letter of an option, or its whole text."""
 FOLDER = Path(__file__).parent / "benchmarks"
 TABLES = (".csv", ".tsv", ".xlsx", ".json", ".jsonl", ".parquet")
 _TEXT, _LIST, _TABLE = (str, "a text"), (list, "a list"), (dict, "a mapping")
@@ -41,6 +43,16 @@ class Prompt:
     """Holds {question} and {choices}; ends where the letter is expected."""
     choice: str = "{letter}. {text}"
     """One line of {choices}."""
+    text_question: str = ""
+    """As `question`, where the options' texts are scored. Empty: `question` without its line of {choices}."""
+    delimiter: str = ""
+    """Between the prompt and the answer where no chat template separates them."""
+
+    def template(self, mode: Mode) -> str:
+        """The question's text with its places still open."""
+        if mode == "letter":
+            return self.question
+        return self.text_question or self.question.replace("{choices}\n", "").replace("{choices}", "")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,7 +166,7 @@ def table_benchmark(path: Path) -> Benchmark:
         )
     prompts = {
         "zh": Prompt(intro="", question="{question}\n{choices}\n答案："),
-        "en": Prompt(intro="", question="{question}\n{choices}\nAnswer:"),
+        "en": Prompt(intro="", question="{question}\n{choices}\nAnswer:", delimiter=" "),
     }
     return Benchmark(
         name=path.stem,
@@ -249,6 +261,8 @@ def _check(path: Path, benchmark: Benchmark) -> None:
         for mark in ("{question}", "{choices}"):
             if mark not in prompt.question:
                 raise UserError(f"{path}, field prompts.{lang}.question: {mark} is missing.")
+        if "{question}" not in prompt.template("text"):
+            raise UserError(f"{path}, field prompts.{lang}.text_question: {{question}} is missing.")
 
 
 def select_subjects(benchmark: Benchmark, folder: Path, split: str, wanted: str | None) -> tuple[Subject, ...]:

@@ -1,4 +1,4 @@
-"""Multiple choice by log-probabilities: the letter that the model holds likeliest after the question.
+"""Multiple choice by log-probabilities: the letter, or the option's text, that the model holds likeliest.
 
 Nothing is generated and nothing is parsed, so that no answer format, sampling or extraction enters the score. Worked
 examples come from the benchmark's own split for them and never hold a scored question.
@@ -43,6 +43,8 @@ class ChoiceOptions:
     """Empty for the benchmark's own."""
     subjects: str | None = None
     """By commas; None for all."""
+    per_character: bool = False
+    """Choose by log-probability per character of the option, so that long options are not at a disadvantage."""
     max_tokens: int = 2**31
     """The model's context, tokens."""
 
@@ -66,9 +68,13 @@ class _Scored:
     prompts: SubjectPrompts
     asked_shots: int
     scores: dict[str, np.ndarray]
+    per_character: bool
 
     def choices(self, variant: str, letters: Sequence[str]) -> list[str]:
-        return [letters[index] for index in self.scores[variant].argmax(axis=1)]
+        scores = self.scores[variant]
+        if self.per_character:
+            scores = scores / np.array([[len(option) for option in question.options] for question in self.questions])
+        return [letters[index] for index in scores.argmax(axis=1)]
 
     def correct(self, variant: str, letters: Sequence[str]) -> np.ndarray:
         picked = self.choices(variant, letters)
@@ -147,7 +153,7 @@ def evaluate(
         ids = [prompt.ids for prompt in prompts.prompts]
         choices = [prompt.choices for prompt in prompts.prompts]
         scores = {variant: scorer(ids, choices) for variant, scorer in scorers.items()}
-        scored.append(_Scored(subject, questions, prompts, len(shots), scores))
+        scored.append(_Scored(subject, questions, prompts, len(shots), scores, options.per_character))
         if on_progress:
             on_progress(done, len(subjects))
     return _result(maker, options, scored, dict(model or {}))
@@ -192,6 +198,7 @@ def _result(maker: PromptMaker, options: ChoiceOptions, scored: list[_Scored], m
             "split": options.split,
             "n_shot": options.n_shot,
             "lang": maker.lang,
+            "choice_mode": "text_normalized" if options.per_character else maker.mode,
             "chat_template": maker.template is not None,
             "shots_as": benchmark.shots_as if maker.template is not None else "prompt",
             "thinking": maker.thinking if maker.template is not None else None,
