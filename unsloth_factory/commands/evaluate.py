@@ -9,14 +9,17 @@ from typing import Any
 from rich.console import Console
 
 from unsloth_factory.commands.progress import counting
-from unsloth_factory.commands.source import load_source, resolve_source
+from unsloth_factory.commands.source import ResolvedModel, load_source, resolve_source
 from unsloth_factory.config.commands import EvaluateConfig
 from unsloth_factory.config.errors import UsageError
 from unsloth_factory.evaluation.benchmark import Benchmark, load_benchmark, select_subjects
 from unsloth_factory.evaluation.choice import ChoiceOptions, ChoiceResult, evaluate, model_scorers
+from unsloth_factory.evaluation.kept_scores import KeptScores
 from unsloth_factory.evaluation.prompts import PromptMaker
 from unsloth_factory.evaluation.tables import print_report
-from unsloth_factory.run.atomic import write_json, write_text
+from unsloth_factory.model.fingerprint import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from unsloth_factory.model.loaded import LoadedModel
+from unsloth_factory.run.atomic import sha256, write_json, write_text
 
 
 def run(config: EvaluateConfig) -> int:
@@ -46,14 +49,35 @@ def run(config: EvaluateConfig) -> int:
         max_tokens=loaded.max_positions,
     )
     scorers = model_scorers(loaded, resolved.variants, config.batch_size)
+    target = resolved.results("evaluation_results", config.save_dir)
+    subjects = target / f"{benchmark.name}_subjects"
+    kept = {variant: KeptScores(subjects, _identity(variant, resolved, loaded)) for variant in resolved.variants}
     with counting(console, f"{benchmark.title}: subjects") as progress:
         description = resolved.description(loaded)
-        result = evaluate(maker, folder, scorers, options, model=description, on_progress=progress)
-    target = resolved.results("evaluation_results", config.save_dir)
+        result = evaluate(maker, folder, scorers, options, model=description, kept=kept, on_progress=progress)
+    found = sum(scores.found for scores in kept.values())
+    if found:
+        line = f"{found} subjects' scores by the same model on the same prompts were there: {subjects}"
+        console.print(line, style="dim", highlight=False, markup=False, soft_wrap=True)
     print_report(result.report, console)
     for path in save(result, target, benchmark.name):
         console.print(f"saved {path}", highlight=False, markup=False, soft_wrap=True)
     return 0
+
+
+def _identity(variant: str, resolved: ResolvedModel, loaded: LoadedModel) -> str:
+    """All of the model that its scores depend on; the base does not depend on the adapter."""
+    parts: dict[str, Any] = {
+        "fingerprint": loaded.fingerprint,
+        "engine": loaded.engine,
+        "dtype": str(loaded.dtype),
+        "device": loaded.device.type,
+        "quantized": loaded.quantized,
+    }
+    if variant == "tuned" and resolved.settings.adapter:
+        folder = Path(resolved.settings.adapter).expanduser()
+        parts["adapter"] = {name: sha256(folder / name) for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)}
+    return json.dumps(parts, sort_keys=True)
 
 
 def save(result: ChoiceResult, folder: Path, name: str) -> list[Path]:

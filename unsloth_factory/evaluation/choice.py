@@ -23,7 +23,8 @@ from unsloth_factory.evaluation.averages import (
     mean_metric,
 )
 from unsloth_factory.evaluation.benchmark import Benchmark, Subject, select_subjects
-from unsloth_factory.evaluation.prompts import PromptMaker, SubjectPrompts
+from unsloth_factory.evaluation.kept_scores import KeptScores
+from unsloth_factory.evaluation.prompts import ChoicePrompt, PromptMaker, SubjectPrompts
 from unsloth_factory.evaluation.questions import Question, read_questions
 from unsloth_factory.evaluation.report import EvalReport
 from unsloth_factory.inference.generate import Progress
@@ -127,6 +128,7 @@ def evaluate(
     options: ChoiceOptions,
     *,
     model: dict[str, Any] | None = None,
+    kept: Mapping[str, KeptScores] | None = None,
     on_progress: Progress | None = None,
 ) -> ChoiceResult:
     """Score a benchmark.
@@ -137,6 +139,7 @@ def evaluate(
         scorers: variant -> scorer; with "base" and "tuned" the report compares them.
         options: What is scored.
         model: Path, adapter, engine and so on, for the report.
+        kept: variant -> scores of an earlier run that was stopped; finished subjects are added.
         on_progress: Called with (subjects done, all).
 
     Raises:
@@ -150,13 +153,24 @@ def evaluate(
     scored = []
     for done, (subject, shots, questions) in enumerate(material, start=1):
         prompts = maker.subject(subject, shots, questions, options.max_tokens)
-        ids = [prompt.ids for prompt in prompts.prompts]
-        choices = [prompt.choices for prompt in prompts.prompts]
-        scores = {variant: scorer(ids, choices) for variant, scorer in scorers.items()}
+        scores = {
+            variant: _scores(scorer, subject.name, prompts.prompts, (kept or {}).get(variant))
+            for variant, scorer in scorers.items()
+        }
         scored.append(_Scored(subject, questions, prompts, len(shots), scores, options.per_character))
         if on_progress:
             on_progress(done, len(subjects))
     return _result(maker, options, scored, dict(model or {}))
+
+
+def _scores(scorer: Scorer, subject: str, prompts: list[ChoicePrompt], kept: KeptScores | None) -> np.ndarray:
+    """Log-probabilities [n, choices], computed unless they are kept."""
+    scores = kept.read(subject, prompts) if kept else None
+    if scores is None:
+        scores = scorer([prompt.ids for prompt in prompts], [prompt.choices for prompt in prompts])
+        if kept:
+            kept.write(subject, prompts, scores)
+    return scores
 
 
 def _checked(benchmark: Benchmark, options: ChoiceOptions) -> ChoiceOptions:
