@@ -51,7 +51,9 @@ def run(config: EvaluateConfig) -> int:
     scorers = model_scorers(loaded, resolved.variants, config.batch_size)
     target = resolved.results("evaluation_results", config.save_dir)
     subjects = target / f"{benchmark.name}_subjects"
-    kept = {variant: KeptScores(subjects, _identity(variant, resolved, loaded)) for variant in resolved.variants}
+    kept: dict[str, KeptScores] = {
+        variant: KeptScores(subjects, _identity(variant, resolved, loaded)) for variant in resolved.variants
+    }
     with counting(console, f"{benchmark.title}: subjects") as progress:
         description = resolved.description(loaded)
         result = evaluate(maker, folder, scorers, options, model=description, kept=kept, on_progress=progress)
