@@ -8,12 +8,14 @@ from typing import Any
 
 from rich.console import Console
 
+from unsloth_factory.commands.evaluate_generated import run_generated
 from unsloth_factory.commands.progress import counting
 from unsloth_factory.commands.source import ResolvedModel, load_source, resolve_source
 from unsloth_factory.config.commands import EvaluateConfig
 from unsloth_factory.config.errors import UsageError
-from unsloth_factory.evaluation.benchmark import Benchmark, load_benchmark, select_subjects
+from unsloth_factory.evaluation.benchmark import load_benchmark, select_subjects
 from unsloth_factory.evaluation.choice import ChoiceOptions, ChoiceResult, evaluate, model_scorers
+from unsloth_factory.evaluation.generation_task import load_generation_task
 from unsloth_factory.evaluation.kept_scores import KeptScores
 from unsloth_factory.evaluation.prompts import PromptMaker
 from unsloth_factory.evaluation.tables import print_report
@@ -24,10 +26,18 @@ from unsloth_factory.run.atomic import sha256, write_json, write_text
 
 def run(config: EvaluateConfig) -> int:
     """Score the benchmark, save report and records, print the tables."""
+    generated = load_generation_task(config.task)
+    if generated:
+        return run_generated(config, generated, _task_folder(generated.name, generated.layout, None, config.task_dir))
+    if config.max_samples is not None or config.max_new_tokens is not None:
+        raise UsageError(
+            f"--max_samples and --max_new_tokens are for generated answers; {config.task} is scored without any. "
+            "--subjects takes a part of it."
+        )
     console = Console()
     benchmark = load_benchmark(config.task)
     benchmark.prompt(config.lang)
-    folder = _task_folder(benchmark, config.task_dir)
+    folder = _task_folder(benchmark.name, benchmark.layout, benchmark.folder, config.task_dir)
     split = config.split or benchmark.default_split
     # Before the weights are loaded: a misspelt subject must not cost a minute.
     select_subjects(benchmark, folder, split, config.subjects)
@@ -98,12 +108,10 @@ def _line(record: dict[str, Any]) -> str:
     return json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def _task_folder(benchmark: Benchmark, task_dir: str | None) -> Path:
-    folder = task_dir or benchmark.folder
+def _task_folder(name: str, layout: str, default: str | None, task_dir: str | None) -> Path:
+    folder = task_dir or default
     if folder is None:
-        raise UsageError(
-            f"--task {benchmark.name} needs --task_dir FOLDER: its data, as published ({benchmark.layout})."
-        )
+        raise UsageError(f"--task {name} needs --task_dir FOLDER: its data, as published ({layout}).")
     if not Path(folder).expanduser().is_dir():
         raise UsageError(f"--task_dir {folder} is no folder.")
     return Path(folder).expanduser()

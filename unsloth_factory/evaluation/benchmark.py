@@ -128,6 +128,17 @@ def load_benchmark(name_or_path: str) -> Benchmark:
     """
     if name_or_path.endswith(TABLES):
         return table_benchmark(Path(name_or_path).expanduser())
+    path, values = read_yaml(name_or_path)
+    return _benchmark(path, values)
+
+
+def read_yaml(name_or_path: str) -> tuple[Path, dict[str, Any]]:
+    """The file of a built-in benchmark, or the file that is named, and what is in it.
+
+    Raises:
+        UsageError: No such benchmark.
+        UserError: It is not YAML of keys and values.
+    """
     known = sorted(path.stem for path in FOLDER.glob("*.yaml"))
     path = Path(name_or_path) if name_or_path.endswith((".yaml", ".yml")) else FOLDER / f"{name_or_path}.yaml"
     if not path.is_file():
@@ -144,7 +155,7 @@ def load_benchmark(name_or_path: str) -> Benchmark:
         raise UserError(f"{path} is not readable YAML: {error}") from error
     if not isinstance(values, dict):
         raise UserError(f"{path} must hold keys and values, such as those of {FOLDER / 'ceval.yaml'}.")
-    return _benchmark(path, values)
+    return path, values
 
 
 def table_benchmark(path: Path) -> Benchmark:
@@ -188,14 +199,14 @@ def _benchmark(path: Path, values: dict[str, Any]) -> Benchmark:
     prompts = values.get("prompts")
     if not isinstance(prompts, dict) or not prompts:
         raise UserError(f"{path}, field prompts: one prompt by language is needed (zh or en), with intro and question.")
-    values["prompts"] = {lang: _build(Prompt, path, f"prompts.{lang}", value) for lang, value in prompts.items()}
+    values["prompts"] = {lang: build(Prompt, path, f"prompts.{lang}", value) for lang, value in prompts.items()}
     values["subjects"] = _subjects(path, values.pop("subjects", None) or {}, values.pop("hard", None) or [])
     for name in ("letters", "header", "scored_splits", "submission_splits"):
         if name in values:
             values[name] = tuple(str(item) for item in values[name])
     if values.get("folder"):
         values["folder"] = str((path.parent / values["folder"]).resolve())
-    benchmark = _build(Benchmark, path, "", values)
+    benchmark = build(Benchmark, path, "", values)
     _check(path, benchmark)
     return benchmark
 
@@ -229,7 +240,7 @@ def _subjects(path: Path, subjects: Any, hard: list[str]) -> tuple[Subject, ...]
     return tuple(found)
 
 
-def _build(kind: Any, path: Path, where: str, values: Any) -> Any:
+def build(kind: Any, path: Path, where: str, values: Any) -> Any:
     """A dataclass from a mapping; unknown and missing keys are named."""
     if not isinstance(values, dict):
         raise UserError(f"{path}, field {where}: keys and values are expected, not {values!r}.")
