@@ -22,8 +22,6 @@ from unsloth_factory.model.load import load_model
 
 pytestmark = pytest.mark.peer
 LETTERS = "ABCD"
-CLEAR = 0.05
-"""Where the best two choices are this close, rounding may decide between them."""
 
 
 def random_model(folder: Path, tokenizer_dir: Path, family: str) -> Path:
@@ -131,12 +129,7 @@ def test_ceval_equals_the_harness(kind, rows, plain, shared_data, tiny_model_dir
         # The harness counts white space at the prompt's end to the continuation: the same sum on every choice.
         shift = (scores - other).mean(axis=1, keepdims=True)
         np.testing.assert_allclose(scores - shift, other, atol=1e-3, rtol=0)
-    ranked = np.sort(other, axis=1)
-    clear = ranked[:, -1] - ranked[:, -2] > CLEAR
-    assert clear.mean() > 0.5
-    same = scores.argmax(axis=1) == other.argmax(axis=1)
-    assert same[clear].all()
-    assert same.all(), f"{(~same).sum()} questions within {CLEAR} of a tie differ"
+    assert (scores.argmax(axis=1) == other.argmax(axis=1)).all()
     assert len(set(other.argmax(axis=1))) >= 2, "a model that always says the same letter proves little"
 
     by_subject, place = {}, 0
