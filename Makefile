@@ -29,7 +29,7 @@ test: install lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --cov --cov-report=term --cov-fail-under=85
 
 peers: install
-	$(BIN)/python -m pip install --quiet -c constraints.txt trl
+	$(BIN)/python -m pip install --quiet -c constraints.txt trl 'lm-eval==0.4.13'
 	$(BIN)/python -m pytest -m peer
 
 # kill -9 at 200 random instants each of SFT, DPO and QLoRA training (KILLS=n for fewer) and of exports, time budgets of

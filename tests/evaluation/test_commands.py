@@ -166,6 +166,27 @@ def test_choices_are_scored_where_the_model_answers(run_folder, toy_task):
     assert record["prompt_tokens"] == len(ids)
 
 
+def test_options_texts_are_scored_token_by_token(run_folder, toy_task):
+    """Each option's log-probability, of several tokens, equals that of a plain forward without any adapter."""
+    out = run_folder.path / "texts"
+    source = FinishedRun(run=str(run_folder.path))
+    config = EvaluateConfig(
+        source=source, task=str(toy_task), n_shot=1, save_dir=str(out), no_chat_template=True, choice_mode="text"
+    )
+    assert evaluate.run(config) == 0
+    record = json.loads((out / "toy_samples.jsonl").read_text(encoding="utf-8").splitlines()[0])
+    loaded = load_model(ModelSettings(model=resolve_source(source, ModelSettings()).settings.model))
+    prompt = "盐多吗？\n答案：少\n\n血压高？\n答案："
+    start = len(loaded.tokenizer.encode(prompt))
+    for letter, option in zip("ABC", ("多盐", "低盐", "糖"), strict=True):
+        ids = loaded.tokenizer.encode(prompt + option)
+        with torch.no_grad():
+            scores = loaded.model(torch.tensor([ids])).logits[0].log_softmax(-1)
+        expected = sum(float(scores[place - 1, ids[place]]) for place in range(start, len(ids)))
+        assert record["base"]["logprobs"][letter] == pytest.approx(expected, abs=1e-4)
+    assert record["base"]["logprobs"] != record["tuned"]["logprobs"]
+
+
 def test_evaluate_refuses_before_it_loads(run_folder, toy_task, monkeypatch):
     monkeypatch.setattr(evaluate, "load_source", lambda *_: pytest.fail("loaded"))
     source = FinishedRun(run=str(run_folder.path))

@@ -79,28 +79,34 @@ class ValidateConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
-    """A multiple-choice benchmark by per-choice log-probabilities, base and tuned from one load."""
+    """A benchmark, by log-probabilities of the choices or by generated answers; base and tuned from one load."""
 
     source: FinishedRun = field(default_factory=FinishedRun)
     model: ModelSettings = field(default_factory=ModelSettings)
     task: str = "ceval"
-    """Benchmark: a name of evaluation/benchmarks or a YAML file."""
+    """Benchmark: ceval, cmmlu, mmlu, gsm8k, a YAML file, or a table with columns question, A, B, ..., answer."""
     task_dir: str | None = None
     """Folder of the benchmark's data in its upstream layout (dev/, val/)."""
     n_shot: int = 5
     """Worked examples before each question, from the dev split alone."""
-    lang: Literal["zh", "en"] = "zh"
-    """Language of the prompt around the questions."""
+    lang: Literal["zh", "en"] | None = None
+    """Language of the prompt around the questions. Default: the benchmark's first."""
     subjects: str | None = None
     """Subjects by commas; default: all."""
-    split: Literal["val", "test"] = "val"
-    """Questions that are scored."""
+    choice_mode: Literal["letter", "text", "text_normalized"] = "letter"
+    """What is scored: the option's letter, its text (options not listed), or that per character of the option."""
+    split: Literal["val", "test"] | None = None
+    """Questions that are scored. Default: the benchmark's own, val for ceval, test for cmmlu and mmlu."""
     batch_size: int = 8
     """Questions scored together."""
+    max_samples: int | None = None
+    """Only the first so many questions, of a benchmark whose answers are generated."""
+    max_new_tokens: int | None = None
+    """Longest generated answer, tokens. Default: the benchmark's own."""
     no_chat_template: bool = False
     """Plain text prompt instead of the model's chat template."""
     think_chain: bool | None = None
-    """Render prompts with thinking on; default: off, because the letter is scored directly."""
+    """Render prompts with thinking on; default: off where choices are scored, else as trained."""
     save_dir: str | None = None
     """Folder of the results. Default: evaluation_results in the run folder."""
     quantization_bit: Literal[4] | None = None

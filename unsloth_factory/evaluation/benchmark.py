@@ -1,6 +1,7 @@
 """A benchmark is a YAML file: where its files lie, their columns, the prompt around a question, its groups.
 
-The comments of `benchmarks/ceval.yaml` explain the keys. A benchmark of one's own: `--task path/to/file.yaml`.
+The comments of `benchmarks/ceval.yaml` explain the keys. A benchmark of one's own: `--task path/to/file.yaml`. A table
+with the columns question, A, B, ... and answer needs no YAML: `--task path/to/file.csv`.
 """
 
 from __future__ import annotations
@@ -9,14 +10,27 @@ import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from string import ascii_uppercase
 from typing import Any, Literal
 
 import yaml
 
 from unsloth_factory.config.errors import UsageError, UserError
+from unsloth_factory.data.readers import read_table
 
 MAX_BYTES = 1 << 20
+Mode = Literal["letter", "text"]
+"""What is scored after the question: the letter of an option, or its whole text."""
 FOLDER = Path(__file__).parent / "benchmarks"
+TABLES = (".csv", ".tsv", ".xlsx", ".json", ".jsonl", ".parquet")
+_TEXT, _LIST, _TABLE = (str, "a text"), (list, "a list"), (dict, "a mapping")
+_TYPES: dict[str, tuple[Any, str]] = {
+    **dict.fromkeys(("name", "title", "layout", "shots_split", "shots_as", "folder"), _TEXT),
+    **dict.fromkeys(("letters", "header", "scored_splits", "submission_splits", "hard"), _LIST),
+    **dict.fromkeys(("prompts", "columns"), _TABLE),
+    "version": (int, "a whole number"),
+    "subjects": ((list, dict), "a list of names, or keys and values"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +43,16 @@ class Prompt:
     """Holds {question} and {choices}; ends where the letter is expected."""
     choice: str = "{letter}. {text}"
     """One line of {choices}."""
+    text_question: str = ""
+    """As `question`, where the options' texts are scored. Empty: `question` without its line of {choices}."""
+    delimiter: str = ""
+    """Between the prompt and the answer where no chat template separates them."""
+
+    def template(self, mode: Mode) -> str:
+        """The question's text with its places still open."""
+        if mode == "letter":
+            return self.question
+        return self.text_question or self.question.replace("{choices}\n", "").replace("{choices}", "")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +85,10 @@ class Benchmark:
     letters: tuple[str, ...] = ("A", "B", "C", "D")
     columns: Mapping[str, str] = field(default_factory=dict)
     """role (id, question, answer, or a letter) -> column; a role that is not named has a column of its own name."""
+    header: tuple[str, ...] = ()
+    """Names of the columns of files that have no header line."""
     shots_split: str = "dev"
+    """Empty: there are no worked examples."""
     scored_splits: tuple[str, ...] = ("val",)
     """Splits whose answers are known."""
     submission_splits: tuple[str, ...] = ()
@@ -75,30 +102,51 @@ class Benchmark:
         """The column of a role."""
         return self.columns.get(role, role)
 
-    def prompt(self, lang: str) -> Prompt:
-        """The prompt of a language.
+    @property
+    def default_split(self) -> str:
+        """What is scored unless another split is asked for."""
+        return (*self.scored_splits, *self.submission_splits)[0]
+
+    def prompt(self, lang: str | None) -> Prompt:
+        """The prompt of a language; the first for None.
 
         Raises:
             UsageError: The benchmark has none in that language.
         """
+        lang = lang or next(iter(self.prompts))
         if lang not in self.prompts:
             raise UsageError(f"--lang {lang}: {self.name} has prompts in {', '.join(self.prompts)}.")
         return self.prompts[lang]
 
 
 def load_benchmark(name_or_path: str) -> Benchmark:
-    """Read a built-in benchmark by name, or a YAML file.
+    """Read a built-in benchmark by name, a YAML file, or the questions of a table alone.
 
     Raises:
         UsageError: No such benchmark.
         UserError: The file is broken: it is named, with the field.
+    """
+    if name_or_path.endswith(TABLES):
+        return table_benchmark(Path(name_or_path).expanduser())
+    path, values = read_yaml(name_or_path)
+    return _benchmark(path, values)
+
+
+def read_yaml(name_or_path: str) -> tuple[Path, dict[str, Any]]:
+    """The file of a built-in benchmark, or the file that is named, and what is in it.
+
+    Raises:
+        UsageError: No such benchmark.
+        UserError: It is not YAML of keys and values.
     """
     known = sorted(path.stem for path in FOLDER.glob("*.yaml"))
     path = Path(name_or_path) if name_or_path.endswith((".yaml", ".yml")) else FOLDER / f"{name_or_path}.yaml"
     if not path.is_file():
         close = difflib.get_close_matches(name_or_path, known, n=1)
         hint = f" Did you mean {close[0]}?" if close else ""
-        raise UsageError(f"--task {name_or_path}: no such benchmark.{hint} Known: {', '.join(known)}, or a YAML file.")
+        raise UsageError(
+            f"--task {name_or_path}: no such benchmark.{hint} Known: {', '.join(known)}, a YAML file or a .csv."
+        )
     if path.stat().st_size > MAX_BYTES:
         raise UserError(f"{path}: {path.stat().st_size} bytes; the file of a benchmark has at most {MAX_BYTES}.")
     try:
@@ -107,24 +155,75 @@ def load_benchmark(name_or_path: str) -> Benchmark:
         raise UserError(f"{path} is not readable YAML: {error}") from error
     if not isinstance(values, dict):
         raise UserError(f"{path} must hold keys and values, such as those of {FOLDER / 'ceval.yaml'}.")
-    return _benchmark(path, values)
+    return path, values
+
+
+def table_benchmark(path: Path) -> Benchmark:
+    """A benchmark of the questions of one table: columns question, A, B, ... and answer; no worked examples.
+
+    Raises:
+        UsageError: There is no such file.
+        UserError: A column is missing.
+    """
+    if not path.is_file():
+        raise UsageError(f"--task {path}: there is no such file.")
+    columns = read_table(path).columns
+    count = next((place for place, letter in enumerate(ascii_uppercase) if letter not in columns), len(ascii_uppercase))
+    missing = [name for name in ("question", "A", "B", "answer") if name not in columns]
+    if missing:
+        raise UserError(
+            f"{path} has no column {', '.join(missing)}; it has: {', '.join(columns)}. A table of multiple-choice "
+            "questions has question, A, B (and C, D, ...) and answer, a letter. Other names: write a YAML file."
+        )
+    prompts = {
+        "zh": Prompt(intro="", question="{question}\n{choices}\n答案："),
+        "en": Prompt(intro="", question="{question}\n{choices}\nAnswer:", delimiter=" "),
+    }
+    return Benchmark(
+        name=path.stem,
+        version=1,
+        title=path.stem,
+        layout="{subject}" + path.suffix,
+        prompts=prompts,
+        subjects=(Subject(name=path.stem),),
+        letters=tuple(ascii_uppercase[:count]),
+        shots_split="",
+        scored_splits=("test",),
+        folder=str(path.parent.resolve()),
+    )
 
 
 def _benchmark(path: Path, values: dict[str, Any]) -> Benchmark:
     values = {"name": path.stem, "version": 1, "title": path.stem, **values}
+    _check_types(path, values)
     prompts = values.get("prompts")
     if not isinstance(prompts, dict) or not prompts:
         raise UserError(f"{path}, field prompts: one prompt by language is needed (zh or en), with intro and question.")
-    values["prompts"] = {lang: _build(Prompt, path, f"prompts.{lang}", value) for lang, value in prompts.items()}
+    values["prompts"] = {lang: build(Prompt, path, f"prompts.{lang}", value) for lang, value in prompts.items()}
     values["subjects"] = _subjects(path, values.pop("subjects", None) or {}, values.pop("hard", None) or [])
-    for name in ("letters", "scored_splits", "submission_splits"):
+    for name in ("letters", "header", "scored_splits", "submission_splits"):
         if name in values:
             values[name] = tuple(str(item) for item in values[name])
     if values.get("folder"):
         values["folder"] = str((path.parent / values["folder"]).resolve())
-    benchmark = _build(Benchmark, path, "", values)
+    benchmark = build(Benchmark, path, "", values)
     _check(path, benchmark)
     return benchmark
+
+
+def _check_types(path: Path, values: dict[str, Any]) -> None:
+    for name, value in values.items():
+        kind, words = _TYPES.get(str(name), (object, ""))
+        if value is not None and not isinstance(value, kind):
+            raise UserError(f"{path}, field {name}: {words} is expected, not {value!r}.")
+    for field_name in ("prompts", "subjects"):
+        inner = values.get(field_name)
+        for name, value in inner.items() if isinstance(inner, dict) else ():
+            if value is not None and not isinstance(value, dict):
+                raise UserError(f"{path}, field {field_name}.{name}: keys and values are expected, not {value!r}.")
+            for key, text in (value or {}).items():
+                if not isinstance(text, str):
+                    raise UserError(f"{path}, field {field_name}.{name}.{key}: a text is expected, not {text!r}.")
 
 
 def _subjects(path: Path, subjects: Any, hard: list[str]) -> tuple[Subject, ...]:
@@ -141,7 +240,7 @@ def _subjects(path: Path, subjects: Any, hard: list[str]) -> tuple[Subject, ...]
     return tuple(found)
 
 
-def _build(kind: Any, path: Path, where: str, values: Any) -> Any:
+def build(kind: Any, path: Path, where: str, values: Any) -> Any:
     """A dataclass from a mapping; unknown and missing keys are named."""
     if not isinstance(values, dict):
         raise UserError(f"{path}, field {where}: keys and values are expected, not {values!r}.")
@@ -164,10 +263,17 @@ def _check(path: Path, benchmark: Benchmark) -> None:
         raise UserError(f"{path}, field letters: at least two choices are needed.")
     if benchmark.shots_as not in ("turns", "prompt"):
         raise UserError(f"{path}, field shots_as: turns or prompt, not {benchmark.shots_as}.")
+    if not benchmark.scored_splits and not benchmark.submission_splits:
+        raise UserError(f"{path}, field scored_splits: at least one split is needed.")
+    missing = [role for role in ("question", *benchmark.letters) if benchmark.column(role) not in benchmark.header]
+    if benchmark.header and missing:
+        raise UserError(f"{path}, field header: no column for {', '.join(missing)}.")
     for lang, prompt in benchmark.prompts.items():
         for mark in ("{question}", "{choices}"):
             if mark not in prompt.question:
                 raise UserError(f"{path}, field prompts.{lang}.question: {mark} is missing.")
+        if "{question}" not in prompt.template("text"):
+            raise UserError(f"{path}, field prompts.{lang}.text_question: {{question}} is missing.")
 
 
 def select_subjects(benchmark: Benchmark, folder: Path, split: str, wanted: str | None) -> tuple[Subject, ...]:

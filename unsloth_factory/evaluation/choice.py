@@ -1,4 +1,4 @@
-"""Multiple choice by log-probabilities: the letter that the model holds likeliest after the question.
+"""Multiple choice by log-probabilities: the letter, or the option's text, that the model holds likeliest.
 
 Nothing is generated and nothing is parsed, so that no answer format, sampling or extraction enters the score. Worked
 examples come from the benchmark's own split for them and never hold a scored question.
@@ -7,7 +7,7 @@ examples come from the benchmark's own split for them and never hold a scored qu
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,8 @@ from unsloth_factory.evaluation.averages import (
     mean_metric,
 )
 from unsloth_factory.evaluation.benchmark import Benchmark, Subject, select_subjects
-from unsloth_factory.evaluation.prompts import PromptMaker, SubjectPrompts
+from unsloth_factory.evaluation.kept_scores import KeptScores
+from unsloth_factory.evaluation.prompts import ChoicePrompt, PromptMaker, SubjectPrompts
 from unsloth_factory.evaluation.questions import Question, read_questions
 from unsloth_factory.evaluation.report import EvalReport
 from unsloth_factory.inference.generate import Progress
@@ -39,9 +40,12 @@ class ChoiceOptions:
     """What is scored, and how it is shown."""
 
     n_shot: int = 5
-    split: str = "val"
+    split: str = ""
+    """Empty for the benchmark's own."""
     subjects: str | None = None
     """By commas; None for all."""
+    per_character: bool = False
+    """Choose by log-probability per character of the option, so that long options are not at a disadvantage."""
     max_tokens: int = 2**31
     """The model's context, tokens."""
 
@@ -65,9 +69,13 @@ class _Scored:
     prompts: SubjectPrompts
     asked_shots: int
     scores: dict[str, np.ndarray]
+    per_character: bool
 
     def choices(self, variant: str, letters: Sequence[str]) -> list[str]:
-        return [letters[index] for index in self.scores[variant].argmax(axis=1)]
+        scores = self.scores[variant]
+        if self.per_character:
+            scores = scores / np.array([[len(option) for option in question.options] for question in self.questions])
+        return [letters[index] for index in scores.argmax(axis=1)]
 
     def correct(self, variant: str, letters: Sequence[str]) -> np.ndarray:
         picked = self.choices(variant, letters)
@@ -120,6 +128,7 @@ def evaluate(
     options: ChoiceOptions,
     *,
     model: dict[str, Any] | None = None,
+    kept: Mapping[str, KeptScores] | None = None,
     on_progress: Progress | None = None,
 ) -> ChoiceResult:
     """Score a benchmark.
@@ -130,30 +139,49 @@ def evaluate(
         scorers: variant -> scorer; with "base" and "tuned" the report compares them.
         options: What is scored.
         model: Path, adapter, engine and so on, for the report.
+        kept: variant -> scores of an earlier run that was stopped; finished subjects are added.
         on_progress: Called with (subjects done, all).
 
     Raises:
         UserError: Files or subjects that are missing or wrong.
     """
     benchmark = maker.benchmark
-    known = (*benchmark.scored_splits, *benchmark.submission_splits)
-    if options.split not in known:
-        raise UsageError(f"--split {options.split}: {benchmark.name} has {', '.join(known)}.")
-    if options.split == benchmark.shots_split and options.n_shot:
-        raise UsageError(f"--split {options.split} is where the worked examples come from. Give --n_shot 0.")
+    options = _checked(benchmark, options)
     subjects = select_subjects(benchmark, folder, options.split, options.subjects)
     # All files are read before the first question is scored: a broken one is found in seconds, not after an hour.
     material = [(subject, *_read(benchmark, folder, subject, options)) for subject in subjects]
     scored = []
     for done, (subject, shots, questions) in enumerate(material, start=1):
         prompts = maker.subject(subject, shots, questions, options.max_tokens)
-        ids = [prompt.ids for prompt in prompts.prompts]
-        choices = [prompt.choices for prompt in prompts.prompts]
-        scores = {variant: scorer(ids, choices) for variant, scorer in scorers.items()}
-        scored.append(_Scored(subject, questions, prompts, len(shots), scores))
+        scores = {
+            variant: _scores(scorer, subject.name, prompts.prompts, (kept or {}).get(variant))
+            for variant, scorer in scorers.items()
+        }
+        scored.append(_Scored(subject, questions, prompts, len(shots), scores, options.per_character))
         if on_progress:
             on_progress(done, len(subjects))
     return _result(maker, options, scored, dict(model or {}))
+
+
+def _scores(scorer: Scorer, subject: str, prompts: list[ChoicePrompt], kept: KeptScores | None) -> np.ndarray:
+    """Log-probabilities [n, choices], computed unless they are kept."""
+    scores = kept.read(subject, prompts) if kept else None
+    if scores is None:
+        scores = scorer([prompt.ids for prompt in prompts], [prompt.choices for prompt in prompts])
+        if kept:
+            kept.write(subject, prompts, scores)
+    return scores
+
+
+def _checked(benchmark: Benchmark, options: ChoiceOptions) -> ChoiceOptions:
+    """The options with the benchmark's own split filled in, and no worked examples where there are none."""
+    known = (*benchmark.scored_splits, *benchmark.submission_splits)
+    options = replace(options, split=options.split or known[0], n_shot=options.n_shot if benchmark.shots_split else 0)
+    if options.split not in known:
+        raise UsageError(f"--split {options.split}: {benchmark.name} has {', '.join(known)}.")
+    if options.split == benchmark.shots_split and options.n_shot:
+        raise UsageError(f"--split {options.split} is where the worked examples come from. Give --n_shot 0.")
+    return options
 
 
 def _read(
@@ -184,6 +212,7 @@ def _result(maker: PromptMaker, options: ChoiceOptions, scored: list[_Scored], m
             "split": options.split,
             "n_shot": options.n_shot,
             "lang": maker.lang,
+            "choice_mode": "text_normalized" if options.per_character else maker.mode,
             "chat_template": maker.template is not None,
             "shots_as": benchmark.shots_as if maker.template is not None else "prompt",
             "thinking": maker.thinking if maker.template is not None else None,

@@ -15,7 +15,7 @@ from typing import Any
 
 from unsloth_factory.config.errors import UserError
 from unsloth_factory.data.types import Turn
-from unsloth_factory.evaluation.benchmark import Benchmark, Subject
+from unsloth_factory.evaluation.benchmark import Benchmark, Mode, Subject
 from unsloth_factory.evaluation.questions import Question
 
 
@@ -25,8 +25,13 @@ class ChoicePrompt:
 
     ids: list[int]
     choices: list[list[int]]
-    sha256: str
-    """Of the rendered text."""
+    text: str
+    """As rendered, control tokens included."""
+
+    @property
+    def sha256(self) -> str:
+        """Of the rendered text."""
+        return hashlib.sha256(self.text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,8 @@ class PromptMaker:
     """The model's ChatTemplate; None gives the plain text."""
     lang: str = "zh"
     thinking: bool | None = False
+    mode: Mode = "letter"
+    """`text` does not list the options: each one's text is scored as the answer, and the worked examples end in it."""
 
     def subject(
         self, subject: Subject, shots: Sequence[Question], questions: Sequence[Question], max_tokens: int
@@ -68,27 +75,35 @@ class PromptMaker:
     def encode(self, subject: Subject, shots: Sequence[Question], question: Question) -> ChoicePrompt:
         """One question behind its worked examples."""
         texts = [self._text(item) for item in (*shots, question)]
-        texts[0] = self.benchmark.prompt(self.lang).intro.format(subject=subject.title(self.lang)) + texts[0]
-        answers = [str(shot.answer) for shot in shots]
+        intro = self.benchmark.prompt(self.lang).intro.replace("{subject}", subject.title(self.lang))
+        texts[0] = intro + texts[0]
+        answers = [dict(self._choices(shot))[str(shot.answer)] for shot in shots]
+        asked = [text for _, text in self._choices(question)]
         if self.template is None:
-            rendered = _one_text(texts, answers)
-            kept, choices = self._plain(rendered)
+            delimiter = self.benchmark.prompt(self.lang).delimiter
+            rendered = _one_text(texts, [delimiter + answer for answer in answers])
+            kept, choices = self._plain(rendered, [delimiter + text for text in asked])
         else:
             turns = self._turns(texts, answers)
             rendered = self.template.render_prompt(turns, self.thinking)
             ids = list(self.template.encode_prompt(turns, self.thinking))
             tail = _after_last(rendered, self.template.control_tokens)
-            joined = continuations(self.template.encode_text, ids, tail, self.benchmark.letters)
-            kept, choices = joined or (ids, [self.template.encode_text(letter) for letter in self.benchmark.letters])
-        return ChoicePrompt(kept, choices, hashlib.sha256(rendered.encode("utf-8", "surrogatepass")).hexdigest())
+            joined = continuations(self.template.encode_text, ids, tail, asked)
+            kept, choices = joined or (ids, [self.template.encode_text(text) for text in asked])
+        return ChoicePrompt(kept, choices, rendered)
 
-    def _plain(self, text: str) -> tuple[list[int], list[list[int]]]:
+    def _choices(self, question: Question) -> list[tuple[str, str]]:
+        """(letter, text that answers) of each option."""
+        letters = self.benchmark.letters
+        return list(zip(letters, letters if self.mode == "letter" else question.options, strict=True))
+
+    def _plain(self, text: str, choices: list[str]) -> tuple[list[int], list[list[int]]]:
         ids = list(self.tokenizer.encode(text))
         tail = text.rsplit("\n", 1)[-1]
         alone = partial(self.tokenizer.encode, add_special_tokens=False)
-        joined = continuations(alone, ids, tail, self.benchmark.letters)
+        joined = continuations(alone, ids, tail, choices)
         # A tokenizer that splits the last line differently on its own (SentencePiece) is given the whole text.
-        joined = joined or continuations(self.tokenizer.encode, ids, text, self.benchmark.letters)
+        joined = joined or continuations(self.tokenizer.encode, ids, text, choices)
         assert joined is not None
         return joined
 
@@ -100,7 +115,7 @@ class PromptMaker:
             for letter, option in zip(letters, question.options, strict=True)
         ]
         # Not str.format: the template is applied to the question, never the question to the template.
-        return prompt.question.replace("{choices}", "\n".join(lines)).replace("{question}", question.text)
+        return prompt.template(self.mode).replace("{choices}", "\n".join(lines)).replace("{question}", question.text)
 
     def _turns(self, texts: list[str], answers: list[str]) -> tuple[Turn, ...]:
         if self.benchmark.shots_as == "prompt":
@@ -128,7 +143,7 @@ def _cut(prompt: ChoicePrompt, max_tokens: int) -> ChoicePrompt:
         raise UserError(f"The model's context of {max_tokens} tokens is too short for any question.")
     if len(prompt.ids) <= room:
         return prompt
-    return ChoicePrompt(prompt.ids[-room:], prompt.choices, prompt.sha256)
+    return ChoicePrompt(prompt.ids[-room:], prompt.choices, prompt.text)
 
 
 def continuations(

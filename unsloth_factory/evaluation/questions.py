@@ -40,7 +40,7 @@ def read_questions(
     path = folder / benchmark.layout.format(split=split, subject=subject)
     if not path.is_file():
         raise UserError(f"{path} is missing. --task_dir must be the folder that holds {benchmark.layout}.")
-    table = read_table(path)
+    table = read_table(path, header=benchmark.header or None)
     for row in table.rows:
         if row.problem:
             raise UserError(f"{path}, row {row.number}: {row.problem}. A benchmark is scored whole or not at all.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import psutil
@@ -36,13 +36,16 @@ _OTHER_KINDS = {
 __all__ = ["SUFFIXES", "Row", "Table", "read_table"]
 
 
-def read_table(path: Path, encoding: str = "auto", *, skip_broken: bool = False) -> Table:
+def read_table(
+    path: Path, encoding: str = "auto", *, skip_broken: bool = False, header: Sequence[str] | None = None
+) -> Table:
     """All rows of one file.
 
     Args:
         path: The file.
         encoding: "auto", or a codec name.
         skip_broken: Broken JSON is a problem of its row; otherwise it refuses the file, which may be incomplete.
+        header: Names of the columns of a csv or tsv file that has none; its first line is then a row.
 
     Raises:
         UserError: The file is empty, of an unknown kind, damaged or in an unknown encoding; names the place.
@@ -65,7 +68,7 @@ def read_table(path: Path, encoding: str = "auto", *, skip_broken: bool = False)
         return _table(path, kind, name, rows)
     if suffix == ".txt":
         return _table(path, "txt", name, read_blocks(text, path))
-    return _table(path, suffix[1:], name, read_csv(text, path, "\t" if suffix == ".tsv" else None))
+    return _table(path, suffix[1:], name, read_csv(text, path, "\t" if suffix == ".tsv" else None, header))
 
 
 def _read_bytes(path: Path) -> bytes:

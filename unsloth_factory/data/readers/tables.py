@@ -15,32 +15,32 @@ from unsloth_factory.data.readers.table import Row
 MAX_UNPACKED, MAX_PARTS = 2**30, 10_000  # of an xlsx file; a sheet of a million long rows has half of that
 
 
-def read_csv(text: str, path: Path, delimiter: str | None = None) -> Iterator[Row]:
+def read_csv(text: str, path: Path, delimiter: str | None = None, header: Sequence[str] | None = None) -> Iterator[Row]:
     """Rows of delimited text; row numbers are the lines on which they begin.
 
     Args:
         text: The whole file, line ends untouched.
         path: For messages.
-        delimiter: None picks comma, semicolon or tab, whichever the header has most of.
+        delimiter: None picks comma, semicolon or tab, whichever the header has most of; comma where there is none.
+        header: Names of the columns of a file without a header.
 
     Raises:
         UserError: No header, or a quote that is never closed. A row with too many or too few fields is a problem of
             that row alone.
     """
     first = text.lstrip("\r\n").split("\n", 1)[0]
-    delimiter = delimiter or max(",;\t", key=first.count)
+    delimiter = delimiter or ("," if header else max(",;\t", key=first.count))
     # The limit of 128 KiB a field is a setting of the whole process: it is put back when the file is read.
     limit = csv.field_size_limit(sys.maxsize)
     try:
         # An unclosed quote swallows the rest of the file, and only strict mode says so.
         reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-        yield from _csv_rows(reader, path)
+        yield from _csv_rows(reader, path, list(header) if header else None)
     finally:
         csv.field_size_limit(limit)
 
 
-def _csv_rows(reader: Any, path: Path) -> Iterator[Row]:
-    header: list[str] | None = None
+def _csv_rows(reader: Any, path: Path, header: list[str] | None) -> Iterator[Row]:
     while True:
         line = reader.line_num + 1
         try:
