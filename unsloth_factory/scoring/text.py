@@ -7,7 +7,9 @@ unchanged answer. sacrebleu's own Chinese tokenizer splits into characters for t
 
 from __future__ import annotations
 
+import os
 import re
+import tempfile
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
@@ -123,6 +125,8 @@ class _Tokens:
 
 @lru_cache(maxsize=1)
 def _rouge() -> Any:
+    # rouge-score imports nltk, which wants a folder for downloads (it makes none here) and fails without a home
+    os.environ.setdefault("NLTK_DATA", tempfile.gettempdir())
     from rouge_score.rouge_scorer import RougeScorer
 
     return RougeScorer(["rouge1", "rouge2", "rougeL"], tokenizer=_Tokens())
