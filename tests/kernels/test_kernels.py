@@ -29,3 +29,13 @@ def test_the_kernels_on_the_gpu() -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(CASES)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton has no wheel for this system")
+def test_a_command_ends_without_a_list_of_tritons_objects() -> None:
+    """`main` ends without a last collection of cycles, which Triton's bindings take for leaks and print."""
+    lines = "import sys, bitsandbytes, triton.language; from unsloth_factory.cli import main"
+    command = [sys.executable, "-c", f"{lines}; sys.argv = ['uf', 'doctor']; sys.exit(main())"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "nanobind" not in done.stderr
