@@ -105,6 +105,8 @@ def test_a_damaged_file_is_computed_again(task):
     assert score(task, model)[0] == whole
     assert model.calls == 3
     assert score(task, Model())[1] == 3
+    files[0].write_text(json.dumps({"logprobs": kept["logprobs"]}), encoding="utf-8")  # of nobody knows what
+    assert score(task, Model())[1] == 2
 
 
 def test_scores_that_are_no_numbers_are_not_kept(task):

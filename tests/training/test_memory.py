@@ -22,8 +22,9 @@ from safetensors.torch import load_file
 from training_jobs import load, make_job, pairs, said, samples
 
 from unsloth_factory.config.errors import UserError
-from unsloth_factory.config.settings import RunSettings, TuningSettings
+from unsloth_factory.config.settings import ModelSettings, RunSettings, TuningSettings
 from unsloth_factory.data.batching import pack
+from unsloth_factory.model.load import load_model
 from unsloth_factory.run.folder import RunFolder
 from unsloth_factory.training import step, update
 from unsloth_factory.training.checkpoints.store import claim
@@ -305,6 +306,19 @@ def test_levers_in_the_order_of_their_price(tmp_path: Path, job_in, monkeypatch:
 
 
 # --- recovery in a run
+
+
+def test_the_fast_engine_is_not_offered_what_it_does_not_have(tmp_path: Path, job_in, random_model_dir: Path) -> None:
+    gauge = Gauge()
+    gauge.offloads = True
+    settings = ModelSettings(model=str(random_model_dir), engine="fast")
+    fast = load_model(settings, for_training=True, tuning=TuningSettings(lora_r=4), device=torch.device("cpu"))
+    job = job_in(tmp_path, loaded=fast, method=SmallCard(0), meter=gauge)
+    with pytest.raises(UserError, match="Out of GPU memory in step 1"):
+        train(job)
+    assert "each layer computed again" in said(job)
+    assert "in the CPU's memory" not in said(job)
+    assert fast.decoder.planner.recomputes_all
 
 
 def test_the_step_is_repeated_with_smaller_micro_batches(tmp_path: Path, job_in) -> None:

@@ -46,7 +46,7 @@ class KeptScores:
             scores = np.array(kept["logprobs"], dtype=np.float64)
         except (OSError, ValueError, KeyError, TypeError):
             return None  # not there, or damaged: it is computed
-        if kept["key"] != key or scores.shape != (len(prompts), len(prompts[0].choices)):
+        if kept.get("key") != key or scores.shape != (len(prompts), len(prompts[0].choices)):
             return None
         self.found += 1
         return scores

@@ -52,12 +52,11 @@ class DecoderSpec:
         )
 
 
-def why_not(config: Any, longest: int | None = None, quantized: bool = False) -> str | None:
+def why_not(config: Any, *, quantized: bool = False) -> str | None:
     """Why the fast engine cannot run a model, or None.
 
     Args:
         config: transformers' configuration.
-        longest: Longest sequence, tokens; a window of attention that is never left does not matter.
         quantized: In NF4, whose blocks of 64 weights must not go beyond a row.
     """
     if config.model_type not in FAMILIES:
@@ -72,7 +71,7 @@ def why_not(config: Any, longest: int | None = None, quantized: bool = False) ->
         return f"4-bit rows of {', '.join(map(str, widths))} weights (multiples of {BLOCK_SIZE} are needed)"
     window = getattr(config, "sliding_window", None)
     slides = config.model_type == "mistral" or getattr(config, "use_sliding_window", False)
-    if slides and window and (longest is None or longest > window):
+    if slides and window:
         return f"attention slides over a window of {window} tokens"
     if "longrope" in str(getattr(config, "rope_parameters", "")):
         return "long rotary positions that depend on the sequence length"
