@@ -8,8 +8,10 @@
 A mix is log-normal (mean 900, median 700, clipped to 64..4,096 tokens; or mean 200, 16..1,024), half of each sample
 trained, 32 samples an optimizer step, LoRA r = 16 on all linear layers, AdamW 8 bit. `uf` runs the real command and
 reads its metrics.jsonl: real tokens a second, the median of the steps from the third on. `peer` runs another library's
-model on whole rows without any padding or borders between documents, which flatters it; with its checkpointing, or
-without (--setting none). Figures only compare within one run of the machine.
+model on whole rows without any padding or borders between documents, which flatters it, and on batches of the mix
+padded to their longest sample, of which the real tokens count; with its checkpointing, or without (--setting none).
+Each is warmed up until three windows agree within 2 %, their median counts. Figures only compare within one run of the
+machine.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ import statistics
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -36,7 +38,10 @@ TINY = ROOT / "unsloth_factory" / "assets" / "tiny_model"
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 SAMPLES, WARM = 32, 2
 MIXES = {"mean900": (900, 64, 4096), "mean200": (200, 16, 1024)}
-ROWS = {"checkpointing": ((1, 4096), (2, 2048)), "none": ((1, 1024), (1, 2048))}
+ROWS = {"checkpointing": ((1, 4096), (2, 2048), (4, 2048)), "none": ((1, 1024), (1, 2048))}
+UNPACKED = {"mean900": (1, 2, 4), "mean200": (4, 8, 16)}
+"""Samples of a padded batch of a peer."""
+MOST_WINDOWS = 12
 
 
 QWEN_ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0}}
@@ -226,42 +231,63 @@ def peer(given: argparse.Namespace) -> None:
     model.train()
     loaded = time.time() - started
     optimizer = bitsandbytes.optim.AdamW8bit([p for p in model.parameters() if p.requires_grad], lr=1e-4)
-    for rows, tokens in ROWS[given.setting]:
-        facts = {"model": given.model.name, "rival": given.rival, "mix": f"whole rows, {rows} x {tokens}",
-                 "cap_gib": given.cap, "setting": f"checkpointing: {given.setting}"}  # fmt: skip
+    for name, lengths, rows in _work(given):
+        facts = {"model": given.model.name, "rival": given.rival, "mix": name, "cap_gib": given.cap,
+                 "setting": f"checkpointing: {given.setting}"}  # fmt: skip
         try:
-            speed = _rows_speed(model, optimizer, rows, tokens)
+            speed, windows = _peer_speed(model, optimizer, lengths, rows)
             peak = round(torch.cuda.max_memory_reserved() / 2**30, 2)
-            report(**facts, tokens_per_second=round(speed), peak_gib=peak, load_s=round(loaded, 1))
+            report(**facts, tokens_per_second=speed, speeds=windows, peak_gib=peak, load_s=round(loaded, 1))
         except torch.OutOfMemoryError as error:
             report(**facts, error=str(error)[:120])
         optimizer.zero_grad(set_to_none=True)
 
 
-def _rows_speed(model: Any, optimizer: Any, rows: int, tokens: int) -> float:
-    """Tokens a second; an optimizer step after every eighth micro-batch."""
+def _work(given: argparse.Namespace) -> Iterator[tuple[str, list[int], int]]:
+    """(what it is called, lengths of the samples of a window, samples of a micro-batch)."""
+    for rows, tokens in ROWS[given.setting]:
+        yield f"whole rows, {rows} x {tokens}", [tokens] * (8 * rows), rows
+    for rows in UNPACKED[given.mix]:
+        yield f"{given.mix}, padded batches of {rows}", mix(given.mix, SAMPLES), rows
+
+
+def _peer_speed(model: Any, optimizer: Any, lengths: list[int], rows: int) -> tuple[int, list[int]]:
+    """(median of the last three windows, all windows) in real tokens a second.
+
+    A window is one optimizer step over the samples; windows are run until three in a row agree within 2 %.
+    """
     import torch
 
     gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    ids = torch.randint(0, 151000, (rows, tokens), device="cuda")
-    labels = ids.clone()
-    labels[:, : tokens // 2] = -100
-
-    def micro_batches(count: int) -> None:
-        for _ in range(count):
-            with torch.autocast("cuda", dtype=torch.bfloat16):
-                loss = model(input_ids=ids, labels=labels, attention_mask=torch.ones_like(ids)).loss
-            loss.backward()
+    speeds: list[int] = []
+    while len(speeds) < MOST_WINDOWS:
+        started = time.time()
+        for start in range(0, len(lengths), rows):
+            _micro_batch(model, lengths[start : start + rows])
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         torch.cuda.synchronize()
+        speeds.append(round(sum(lengths) / (time.time() - started)))
+        if len(speeds) > 3 and max(speeds[-3:]) < 1.02 * min(speeds[-3:]):
+            break
+    return round(statistics.median(speeds[-3:])), speeds
 
-    micro_batches(4)
-    started = time.time()
-    micro_batches(16)
-    return 16 * rows * tokens / (time.time() - started)
+
+def _micro_batch(model: Any, lengths: list[int]) -> None:
+    """Forward and backward pass of samples padded to the longest of them, half of each trained."""
+    import torch
+
+    ids = torch.randint(0, 120_000, (len(lengths), max(lengths)))
+    mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
+    for row, length in enumerate(lengths):
+        mask[row, :length] = 1
+        labels[row, length // 2 : length] = ids[row, length // 2 : length]
+    ids, mask, labels = (x.to("cuda", non_blocking=True) for x in (ids, mask, labels))
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        loss = model(input_ids=ids, labels=labels, attention_mask=mask).loss
+    loss.backward()
 
 
 def table(paths: list[Path]) -> None:
@@ -285,7 +311,10 @@ def main() -> None:
     parser.add_argument("--engine", default="fast")
     parser.add_argument("--mix", default="mean900", choices=sorted(MIXES))
     parser.add_argument("--cap", type=float, help="GiB of the card that the process may use")
+    parser.add_argument("--steps", type=int, default=12, help="optimizer steps of `uf`")
+    parser.add_argument("--batch_size", type=int, default=4, help="of `uf`")
     parser.add_argument("--rival", default="unsloth", choices=["unsloth", "liger", "transformers"])
+    parser.add_argument("--setting", default="checkpointing", choices=sorted(ROWS), help="of a peer")
     given = parser.parse_args()
     parts: dict[str, Callable[[], None]] = {
         "make": lambda: make(given.model), "uf": lambda: uf(given), "peer": lambda: peer(given),

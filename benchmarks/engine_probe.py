@@ -25,7 +25,6 @@ sys.path.insert(0, str(ROOT))
 from unsloth_factory.config.settings import TuningSettings  # noqa: E402
 from unsloth_factory.kernels import attention, nf4, rms_norm, rotary, swiglu  # noqa: E402
 from unsloth_factory.kernels.transfer import to_device  # noqa: E402
-from unsloth_factory.model.fast.graphs import Graphs  # noqa: E402
 from unsloth_factory.model.fast.head import cross_entropy_sum  # noqa: E402
 from unsloth_factory.model.fast.layer import Saving  # noqa: E402
 from unsloth_factory.model.fast.load import load_fast  # noqa: E402
@@ -120,7 +119,7 @@ def pieces(tokens: int = 2048) -> None:
     dq = torch.randn_like(q)
     figures = {
         "rms_norm": timed(lambda: rms_norm.rms_norm(x, w, 1e-6)),
-        "rms_norm_backward": timed(lambda: rms_norm.rms_norm_backward(x, x, w, 1e-6, x)),
+        "rms_norm_backward": timed(lambda: rms_norm.rms_norm_backward(x, x, w, 1e-6, residual=x)),
         "swiglu": timed(lambda: swiglu.swiglu(gate_up)),
         "swiglu_backward": timed(lambda: swiglu.swiglu_backward(h, gate_up)),
         "rotary": timed(lambda: rotary.rotary(qkv, angles, angles, heads, norm)),
@@ -287,7 +286,8 @@ def main() -> None:
     def peft() -> Any:
         made[:] = made or [model(given.layers)]
         decoder = made[0].get_base_model().model
-        decoder.graphs = None if given.launches else Graphs(decoder)
+        if given.launches:
+            decoder.graphs = None
         return made[0]
 
     known: dict[str, Callable[[], Any]] = {

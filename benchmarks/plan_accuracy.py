@@ -94,6 +94,9 @@ LATER_VALIDATION = (
     Case("w10", "8B", "qlora", 2048, 4, True),
     Case("w11", "8B", "lora", 4096, 2, True),
     Case("w12", "8B", "qlora", 4096, 1, False),
+    Case("x01", "8B", "qlora", 1024, 2, True),
+    Case("x02", "8B", "qlora", 1024, 1, False),
+    Case("x03", "4B", "qlora", 2048, 1, True),
 )
 """Measured after the model of speed had been fitted to all others."""
 CALIBRATION = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,10 @@ def wide(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
     def make(family: str) -> Path:
         if family not in made:
-            made[family] = root.make_random_model(tmp_path_factory.mktemp(family), family=family, layers=4, hidden=512)
+            folder = root.make_random_model(tmp_path_factory.mktemp(family), family=family, layers=4, hidden=512)
+            config = json.loads((folder / "config.json").read_text())
+            (folder / "config.json").write_text(json.dumps(config | {"sliding_window": None}))
+            made[family] = folder
         return made[family]
 
     return make

@@ -14,7 +14,7 @@ STEP = 256
 """Tokens: micro-batches are planned, and their graphs made, for multiples of it."""
 ROUNDING = 2**17
 """Bytes that some hundred tensors of an arena may lose to alignment."""
-MOST_TOKENS = 16_384
+MOST_TOKENS = 8192
 """Of a micro-batch that is put together here: larger ones are no faster."""
 
 
@@ -44,7 +44,7 @@ class Planner:
     def tighten(self) -> None:
         """After memory ran out: plan with a tenth less."""
         if self.budget is not None:
-            self.budget = self.budget * 9 // 10
+            self.budget -= abs(self.budget) // 10
 
     @property
     def comfortable(self) -> int | None:
@@ -69,8 +69,11 @@ class Planner:
             return self.arena
         if self.budget is None:
             self.budget = available(self.device) - RESERVE
-        least = self.spec.layers * saved_numbers(self.spec, Saving.RECOMPUTE) * tokens * 2
-        return max(self.budget - workspace(self.spec, tokens, 2), least)
+        least, most = (
+            ROUNDING + 2 * count * self.spec.layers * saved_numbers(self.spec, saving, self.extra)
+            for saving, count in ((Saving.RECOMPUTE, tokens), (Saving.KEEP, max(tokens, MOST_TOKENS)))
+        )
+        return max(min(self.budget - workspace(self.spec, tokens, 2), most), least)
 
     def plan(self, tokens: int) -> list[Saving]:
         """One choice a layer, the first layer first."""
