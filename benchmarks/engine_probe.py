@@ -128,13 +128,22 @@ def pieces(tokens: int = 2048) -> None:
         "attention_backward": timed(lambda: attention.attention_backward(dq, q, k, v, attended, rows)),
     }
     say(what="pieces", tokens=tokens, **figures)
-    say(what="dequantize", **{name: _dequantize(*shape) for name, shape in MATRICES.items()})
+    for nf4.PROGRAM_BYTES in (512, 1024, 2048, 4096):
+        for nf4.WARPS in (1, 2, 4, 8):
+            figures = {name: _dequantize(*shape) for name, shape in MATRICES.items()}
+            say(what="dequantize", bytes=nf4.PROGRAM_BYTES, warps=nf4.WARPS, **figures)
+    nf4.PROGRAM_BYTES, nf4.WARPS = 1024, 2
 
 
 def _dequantize(rows: int, columns: int) -> float:
     weight = torch.randn(rows, columns, device=DEVICE, dtype=DTYPE)
     packed, out = stack([quantize(weight)]), torch.empty_like(weight)
-    return timed(lambda: nf4.launch(packed, out))
+    graph = torch.cuda.CUDAGraph()
+    nf4.launch(packed, out)
+    with torch.cuda.graph(graph):
+        for _ in range(10):
+            nf4.launch(packed, out)
+    return round(timed(graph.replay, 5) / 10, 4)
 
 
 def check(layers: int = 4) -> None:

@@ -125,7 +125,8 @@ def test_low_memory(family_dir):
     assert not config.tie_word_embeddings
     found = []
     for low_memory in (False, True):
-        model = load_fast(FolderWeights(folder, CPU, torch.float32), config, quantized=True, low_memory=low_memory)
+        weights = FolderWeights(folder, CPU, torch.float32)
+        model = load_fast(weights, config, quantized=True, host_embedding=low_memory, recompute=low_memory)
         model = attach_lora(model, TUNING, 7)
         decoder = model.get_base_model().model
         decoder.bind()

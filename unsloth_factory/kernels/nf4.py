@@ -19,8 +19,10 @@ BLOCK_SIZE = 64
 NESTED_SIZE = 256
 """Maxima that share a scale."""
 PROGRAM_BYTES = 1024
-"""Packed bytes a program unpacks: 2,048 weights, 32 maxima. So, with 2 warps, an earlier form of this kernel was the
-fastest on an H200, 3.1 TB/s of reads and writes; it looked up the maximum and the row of each weight by itself."""
+"""Packed bytes a program unpacks: 2,048 weights, 32 maxima."""
+WARPS = 2
+ROW_UNIT = 8
+"""Numbers: rows of the result begin at multiples of it, so that 16 bytes are written at once."""
 
 
 @dataclass(frozen=True)
@@ -55,10 +57,11 @@ class Packed:
 def _kernel(
     codes_ptr, absmax_ptr, scales_ptr, offsets_ptr, starts_ptr, scale_starts_ptr,
     code_ptr, absmax_code_ptr, out_ptr, extra_ptr, extra_out_ptr,
-    total, columns, stride, extra_total, extra_columns, programs,
-    PARTS: tl.constexpr, BLOCKS: tl.constexpr, HALF: tl.constexpr,
+    total, columns, stride_units, extra_total, extra_columns, programs,
+    PARTS: tl.constexpr, BLOCKS: tl.constexpr, HALF: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
+    stride = stride_units * UNIT  # so that the compiler knows what divides it
     if program >= programs:
         number = (program - programs) * BLOCKS * 64 + tl.arange(0, BLOCKS * 64)
         inside = number < extra_total
@@ -86,15 +89,17 @@ def _kernel(
         high = (tl.load(code_ptr + (packed >> 4)) * maximum).to(dtype)
         low = (tl.load(code_ptr + (packed & 15)) * maximum).to(dtype)
         # one row for each block of 64 weights: blocks end where rows do
-        row = (block * 64 // columns)[:, None]
-        target = row * stride + (place * 2 - row * columns)
+        row = (block * 32 // (columns // 2))[:, None]
+        # Counted in pairs: (2 x) // 2 would hide from the compiler that neighbours lie side by side, and without wide
+        # stores the kernel took 10 times as long.
+        pair = row * (stride // 2) + (place - row * (columns // 2))
         if HALF:  # both weights of a byte in one store of 32 bits
             first = high.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
             both = first | (low.to(tl.int16, bitcast=True).to(tl.int32) << 16)
-            tl.store(out_ptr.to(tl.pointer_type(tl.int32)) + target // 2, both, mask=place < total)
+            tl.store(out_ptr.to(tl.pointer_type(tl.int32)) + pair, both, mask=place < total)
         else:
-            tl.store(out_ptr + target, high, mask=place < total)
-            tl.store(out_ptr + target + 1, low, mask=place < total)
+            tl.store(out_ptr + 2 * pair, high, mask=place < total)
+            tl.store(out_ptr + 2 * pair + 1, low, mask=place < total)
 
 
 def dequantize(
@@ -122,16 +127,18 @@ def launch(packed: Packed, out: torch.Tensor, extra: tuple[torch.Tensor, torch.T
     assert out.shape[0] * out.stride(0) < 2**31
     assert columns % BLOCK_SIZE == 0
     half = out.element_size() == 2
-    assert not half or (out.data_ptr() % 4 == 0 and out.stride(0) % 2 == 0)
+    assert out.stride(0) % ROW_UNIT == 0
+    assert out.data_ptr() % 16 == 0
     source, place = extra or (out[:0], out[:0])
     assert extra is None or (source.is_contiguous() and place.stride(0) == out.stride(0))
     programs = -(-total // PROGRAM_BYTES)
     copies = -(-source.numel() // (2 * PROGRAM_BYTES))
     _kernel[(programs + copies,)](
         packed.codes, packed.absmax, packed.scales, packed.offsets, packed.starts, packed.scale_starts, packed.code,
-        packed.absmax_code, out, source, place, total, columns, out.stride(0), source.numel(), max(1, source.shape[1]),
-        programs, PARTS=len(packed.offsets), BLOCKS=PROGRAM_BYTES // 32, HALF=half,
-        num_warps=2, enable_fp_fusion=False,  # bitsandbytes rounds between the product and the sum
+        packed.absmax_code, out, source, place, total, columns, out.stride(0) // ROW_UNIT, source.numel(),
+        max(1, source.shape[1]), programs,
+        PARTS=len(packed.offsets), BLOCKS=PROGRAM_BYTES // 32, HALF=half, UNIT=ROW_UNIT,
+        num_warps=WARPS, enable_fp_fusion=False,  # bitsandbytes rounds between the product and the sum
     )  # fmt: skip
     return out
 

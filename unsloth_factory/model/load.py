@@ -184,6 +184,7 @@ def _read_fast(
     from transformers import AutoConfig
 
     from unsloth_factory.model.fast.load import FolderWeights, load_fast
+    from unsloth_factory.model.fast.planner import is_small
     from unsloth_factory.model.fast.spec import why_not
 
     config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
@@ -197,7 +198,11 @@ def _read_fast(
     if reason is not None:
         raise UsageError(f"--engine fast cannot run {folder.name}: {reason}. Use --engine standard.")
     weights = FolderWeights(folder, device, dtype)
-    return load_fast(weights, config, quantized=quantization_bit is not None, low_memory=low_memory)
+    # Training can wait for rows of the embedding to come from the CPU, a word after the other cannot.
+    host_embedding = low_memory or (tuning is not None and is_small(device))
+    return load_fast(
+        weights, config, quantized=quantization_bit is not None, host_embedding=host_embedding, recompute=low_memory
+    )
 
 
 def _load_within_memory(

@@ -53,15 +53,17 @@ class FolderWeights:
         return self._open[shard].get_tensor(name).to(device=self.device).to(self.dtype)
 
 
-def load_fast(weights: Any, config: Any, *, quantized: bool, low_memory: bool = False) -> Any:
+def load_fast(
+    weights: Any, config: Any, *, quantized: bool, host_embedding: bool = False, recompute: bool = False
+) -> Any:
     """Build the model from its tensors.
 
     Args:
         weights: `FolderWeights`, or anything else with its `get`, `device` and `dtype`.
         config: The model's transformers configuration; `spec.why_not` has nothing against it.
         quantized: NF4 with double quantisation, otherwise the computation dtype.
-        low_memory: The embedding stays in the CPU's memory, unless the output projection needs it; all layers are
-            recomputed.
+        host_embedding: The embedding stays in the CPU's memory, unless the output projection needs it.
+        recompute: Every layer keeps its input alone.
 
     Returns:
         transformers' causal language model whose `model` is a `FastDecoder`; nothing trains yet. After LoRA matrices
@@ -79,7 +81,7 @@ def load_fast(weights: Any, config: Any, *, quantized: bool, low_memory: bool = 
     inner = model.model
     embedding = weights.get("model.embed_tokens.weight")
     _set(inner.embed_tokens, embedding)
-    if low_memory and not spec.tied:
+    if host_embedding and not spec.tied:
         inner.embed_tokens = HostEmbedding(embedding.cpu(), weights.device)
     del embedding
     _set(inner.norm, weights.get("model.norm.weight"))
@@ -91,7 +93,7 @@ def load_fast(weights: Any, config: Any, *, quantized: bool, low_memory: bool = 
     else:
         _set(model.lm_head, weights.get("lm_head.weight"))
     model.model = FastDecoder(inner, spec, layers, weights.device)
-    if low_memory:
+    if recompute:
         model.model.planner.recompute_all()
     return model.eval().requires_grad_(False)
 
