@@ -34,6 +34,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+from benchmarks import loop_profile  # noqa: E402
+
 TINY = ROOT / "unsloth_factory" / "assets" / "tiny_model"
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 SAMPLES, WARM = 32, 2
@@ -101,6 +103,16 @@ def cap(gib: float | None) -> None:
         torch.cuda.set_per_process_memory_fraction(gib * 2**30 / total)
 
 
+def driver_gib() -> float:
+    """Memory of the card that is taken, but not by torch's allocator: the CUDA context, kernels, graphs."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return 0.0
+    free, total = torch.cuda.mem_get_info()
+    return round((total - free - torch.cuda.memory_reserved()) / 2**30, 2)
+
+
 def report(**figures: Any) -> None:
     """One line of JSON, also into $OUT/engine.jsonl."""
     import torch
@@ -138,17 +150,29 @@ def uf(given: argparse.Namespace) -> None:
 def _watch(given: argparse.Namespace, run: Path, started: float) -> None:
     import torch
 
-    path, first = run / "metrics.jsonl", None
-    while not path.is_file() or path.read_bytes().count(b"\n") < given.steps:
-        time.sleep(0.05)
-        if first is None and path.is_file() and path.read_bytes():
-            first = time.time() - started
-    speeds = [json.loads(line)["tokens_per_second"] for line in path.read_text().splitlines()]
+    path = run / "metrics.jsonl"
+
+    def steps() -> int:
+        return path.read_bytes().count(b"\n") if path.is_file() else 0
+
+    seen: list[float] = []  # when each step was done
+    while steps() < given.steps:
+        time.sleep(0.01)
+        seen += [time.time()] * (steps() - len(seen))
+        if given.profile and steps() == given.steps - 4:
+            print(json.dumps(loop_profile.watch(lambda: steps() == given.steps - 1), indent=1), flush=True)
+    seen += [time.time()] * (given.steps - len(seen))
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    speeds = [line["tokens_per_second"] for line in lines]
+    half = given.steps // 2  # by then most sizes of micro-batches have been met
+    overall = sum(line["tokens"] for line in lines[half:]) / (seen[-1] - seen[half - 1])
     report(
         model=given.model.name, rival=given.engine, mix=given.mix, cap_gib=given.cap,
         setting=f"--batch_size {given.batch_size}",
         tokens_per_second=round(statistics.median(speeds[WARM:])), speeds=[round(speed) for speed in speeds],
-        peak_gib=round(torch.cuda.max_memory_reserved() / 2**30, 2), first_step_s=round(first or 0, 1),
+        second_half_wall=round(overall),
+        peak_gib=round(torch.cuda.max_memory_reserved() / 2**30, 2), driver_gib=driver_gib(),
+        first_step_s=round(seen[0] - started, 1),
     )  # fmt: skip
     os._exit(0)
 
@@ -237,7 +261,14 @@ def peer(given: argparse.Namespace) -> None:
         try:
             speed, windows = _peer_speed(model, optimizer, lengths, rows)
             peak = round(torch.cuda.max_memory_reserved() / 2**30, 2)
-            report(**facts, tokens_per_second=speed, speeds=windows, peak_gib=peak, load_s=round(loaded, 1))
+            report(
+                **facts,
+                tokens_per_second=speed,
+                speeds=windows,
+                peak_gib=peak,
+                driver_gib=driver_gib(),
+                load_s=round(loaded, 1),
+            )
         except torch.OutOfMemoryError as error:
             report(**facts, error=str(error)[:120])
         optimizer.zero_grad(set_to_none=True)
@@ -313,6 +344,7 @@ def main() -> None:
     parser.add_argument("--cap", type=float, help="GiB of the card that the process may use")
     parser.add_argument("--steps", type=int, default=12, help="optimizer steps of `uf`")
     parser.add_argument("--batch_size", type=int, default=4, help="of `uf`")
+    parser.add_argument("--profile", action="store_true", help="of `uf`: look into three of the last steps")
     parser.add_argument("--rival", default="unsloth", choices=["unsloth", "liger", "transformers"])
     parser.add_argument("--setting", default="checkpointing", choices=sorted(ROWS), help="of a peer")
     given = parser.parse_args()

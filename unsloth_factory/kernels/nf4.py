@@ -20,7 +20,7 @@ NESTED_SIZE = 256
 """Maxima that share a scale."""
 PROGRAM_BYTES = 1024
 """Packed bytes a program unpacks: 2,048 weights, 32 maxima."""
-WARPS = 2
+WARPS = 1
 ROW_UNIT = 8
 """Numbers: rows of the result begin at multiples of it, so that 16 bytes are written at once."""
 

@@ -26,9 +26,24 @@ def planned(session: Session, step: int) -> list[Sequence[Any]]:
 
 def step_batches(session: Session, step: int) -> list[Batch]:
     """This process's micro-batches of one step: a pure function of (seed, step), so there is no loader state."""
+    if session.ahead is not None and session.ahead[0] == _asked(session, step):
+        return session.ahead[1]
     limit = session.state.levers.micro_batch_tokens
     smaller = [piece for group in planned(session, step) for piece in pieces(session, group, limit)]
     return [make(session, piece, session.job.method) for piece in smaller]
+
+
+def look_ahead(session: Session, step: int) -> None:
+    """Make the micro-batches of a later step now, while the GPU is busy, so that it need not wait for them then."""
+    if step < session.total_steps:
+        session.ahead = None
+        session.ahead = (_asked(session, step), step_batches(session, step))
+
+
+def _asked(session: Session, step: int) -> tuple[int | None, ...]:
+    """All that the micro-batches of a step depend on and that may change from one step to the next."""
+    state = session.state
+    return step, state.levers.micro_batch_tokens, state.merged_tokens, state.replay_from
 
 
 def eval_groups(session: Session, items: Sequence[Any]) -> Iterator[Sequence[Any]]:

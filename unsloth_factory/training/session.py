@@ -12,7 +12,7 @@ from accelerate.state import AcceleratorState
 from accelerate.tracking import get_available_trackers
 
 from unsloth_factory.config.errors import UserError
-from unsloth_factory.data.batching import StepPlan
+from unsloth_factory.data.batching import Batch, StepPlan
 from unsloth_factory.training.checkpoints import resume
 from unsloth_factory.training.job import TrainingJob
 from unsloth_factory.training.memory.levers import Levers
@@ -122,6 +122,8 @@ class Session:
     meter: Meter
     memory_watch: MemoryWatch = field(default_factory=MemoryWatch)
     resumed_from: int | None = None
+    ahead: tuple[tuple[int | None, ...], list[Batch]] | None = None
+    """The next step's micro-batches, already made, and what they depend on."""
 
     @property
     def total_steps(self) -> int:

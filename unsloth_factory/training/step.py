@@ -14,7 +14,7 @@ from functools import partial
 import torch
 
 from unsloth_factory.data.batching import Batch
-from unsloth_factory.training.batches import step_batches
+from unsloth_factory.training.batches import look_ahead, step_batches
 from unsloth_factory.training.memory import relief
 from unsloth_factory.training.memory.offload import offloaded
 from unsloth_factory.training.memory.shortage import Shortage, attempt, insist
@@ -107,6 +107,7 @@ def _gradients(session: Session, step: int) -> Gradients | Shortage:
         return sums
     if session.accelerator.num_processes > 1:
         return _measure(session, batches, sums, count)  # alone it could not do this again
+    look_ahead(session, step + 1)  # before the first value is asked for, which is when the device is waited for
     return attempt(partial(_measure, session, batches, sums, count), session.meter.release)
 
 

@@ -173,9 +173,11 @@ class FastDecoder(nn.Module):
             row: As in the forward pass.
         """
         taker = self.stack[-1].down
-        dx = taker.output(len(last))
-        rms_norm.rms_norm_backward(dhidden, last, self.norm.weight, self.spec.eps, out=taker.y_of(dx))
+        top = taker.output(len(last))
+        rms_norm.rms_norm_backward(dhidden, last, self.norm.weight, self.spec.eps, out=taker.y_of(top))
+        dx: torch.Tensor | None = top
         for index in reversed(range(len(self.stack))):
+            assert dx is not None
             below = self.stack[index - 1].down if index else None
             dx = self.stack[index].backward(dx, saved.pop(), row, below)
 

@@ -149,14 +149,15 @@ class Layer:
             saved.t |= {"qkv": _copy(self.qkv.t_of(normed)), "out": self.out.t_of(wide)}
         return middle
 
-    def backward(self, dy: torch.Tensor, saved: Saved, row: Row, below: FusedLinear | None) -> torch.Tensor:
+    def backward(self, dy: torch.Tensor, saved: Saved, row: Row, below: FusedLinear | None) -> torch.Tensor | None:
         """Gradient at the layer's input; LoRA gradients are added up in the parameters. `saved` is used up.
 
         Args:
             dy: `down.output` with the gradient at the layer's output in its first h columns.
             saved: Of the forward pass.
             row: As there.
-            below: The projection whose output the layer's input is: the gradient comes in its `output`. None: [T, h].
+            below: The projection whose output the layer's input is: the gradient comes in its `output`. None: there is
+                nothing below that wants one.
         """
         if saved.qkv is None:
             self._attention(saved.x, row, saved, lora=True, arena=None)
@@ -191,7 +192,7 @@ class Layer:
 
     def _attention_backward(
         self, dmiddle: torch.Tensor, saved: Saved, row: Row, below: FusedLinear | None
-    ) -> torch.Tensor:
+    ) -> torch.Tensor | None:
         """Gradient at the layer's input, in `below.output`."""
         assert saved.qkv is not None
         assert saved.attended is not None
@@ -208,13 +209,17 @@ class Layer:
         del gradients
         dqkv = _room(saved.qkv, self.qkv)
         saved.qkv = None
-        dnormed = self.qkv.input_gradient(dqkv)
         normed = rms_norm.rms_norm(saved.x, self.norms.attention, self.spec.eps)
+        if below is None:
+            self.qkv.adapter_gradient(dqkv)
+            self.qkv.add_gradients(dqkv, normed, saved.t["qkv"])
+            return None
+        dnormed = self.qkv.input_gradient(dqkv)
         self.qkv.add_gradients(dqkv, normed, saved.t["qkv"])
-        dx = below.output(len(normed)) if below is not None else torch.empty_like(saved.x)
+        dx = below.output(len(normed))
         rms_norm.rms_norm_backward(
             dnormed, saved.x, self.norms.attention, self.spec.eps,
-            residual=self.out.y_of(dmiddle), out=dx if below is None else below.y_of(dx),
+            residual=self.out.y_of(dmiddle), out=below.y_of(dx),
         )  # fmt: skip
         return dx
 

@@ -165,13 +165,18 @@ class FusedLinear:
         y = _product(self.x_of(wide), self.weight.t(), added, out)
         return y.addmm_(t, self._b.t())
 
+    def adapter_gradient(self, wide: torch.Tensor) -> None:
+        """From `output`, its dy filled in: write dt behind dy for `add_gradients`."""
+        if self.rank:
+            torch.mm(self.y_of(wide), self._b, out=wide[:, self.outputs :])
+
     def input_gradient(self, wide: torch.Tensor) -> torch.Tensor:
-        """Gradient at x [T, K] from `output`, its dy filled in; dt is written behind dy for `add_gradients`."""
+        """Gradient at x [T, K] from `output`, its dy filled in; does what `adapter_gradient` does, too."""
         dy = self.y_of(wide)
         if not self.rank:
             return dy @ self._matrix()
+        self.adapter_gradient(wide)
         dt = wide[:, self.outputs :]
-        torch.mm(dy, self._b, out=dt)
         if isinstance(self.weight, nf4.Packed):
             return wide @ self._wide_matrix(self.outputs + self.rank, self.inputs, self._a)
         return (dy @ self.weight).addmm_(dt, self._a)
