@@ -7,11 +7,11 @@
 
 A mix is log-normal (mean 900, median 700, clipped to 64..4,096 tokens; or mean 200, 16..1,024), half of each sample
 trained, 32 samples an optimizer step, LoRA r = 16 on all linear layers, AdamW 8 bit. `uf` runs the real command and
-reads its metrics.jsonl: real tokens a second, the median of the steps from the third on. `peer` runs another library's
-model on whole rows without any padding or borders between documents, which flatters it, and on batches of the mix
-padded to their longest sample, of which the real tokens count; with its checkpointing, or without (--setting none).
-Each is warmed up until three windows agree within 2 %, their median counts. Figures only compare within one run of the
-machine.
+reads its metrics.jsonl: real tokens a second, the median of the second half of the steps, and those over wall time.
+`peer` runs another library's model on whole rows without any padding or borders between documents, which flatters it,
+and on batches of the mixes padded to their longest sample, of which the real tokens count; with its checkpointing, or
+without (--setting none). Each is warmed up until three windows agree within 2 %, their median counts. Figures only
+compare within one run of the machine.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ from benchmarks import loop_profile  # noqa: E402
 
 TINY = ROOT / "unsloth_factory" / "assets" / "tiny_model"
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-SAMPLES, WARM = 32, 2
-MIXES = {"mean900": (900, 64, 4096), "mean200": (200, 16, 1024)}
-ROWS = {"checkpointing": ((1, 4096), (2, 2048), (4, 2048)), "none": ((1, 1024), (1, 2048))}
+SAMPLES = 32
+MIXES = {"mean900": (900, 64, 4096), "mean200": (200, 16, 1024), "exactly900": (900, 900, 900)}
+ROWS = {"checkpointing": ((1, 900), (1, 4096), (2, 2048), (4, 2048)), "none": ((1, 512), (1, 900), (1, 1536))}
 UNPACKED = {"mean900": (1, 2, 4), "mean200": (4, 8, 16)}
 """Samples of a padded batch of a peer."""
 MOST_WINDOWS = 12
@@ -143,6 +143,7 @@ def uf(given: argparse.Namespace) -> None:
     words = ["sft", "--model", str(given.model), "--dataset", str(data), "--output_dir", str(run)]
     words += ["--engine", given.engine, "--quantization_bit", "4", "--lora_r", "16", "--optimizer", "adamw_8bit"]
     words += ["--batch_size", str(given.batch_size), "--accumulation_steps", str(SAMPLES // given.batch_size)]
+    words += ["--low_memory"] if given.low_memory else []
     words += ["--max_seq_length", "4096", "--max_steps", str(given.steps), "--val_split", "0"]
     sys.exit(main([*words, "--logging_steps", "1", "--save_steps", "1000", "--save_total_limit", "1"]))
 
@@ -164,12 +165,12 @@ def _watch(given: argparse.Namespace, run: Path, started: float) -> None:
     seen += [time.time()] * (given.steps - len(seen))
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     speeds = [line["tokens_per_second"] for line in lines]
-    half = given.steps // 2  # by then most sizes of micro-batches have been met
+    half = given.steps // 2  # by then most sizes of micro-batches have been met, and their graphs made
     overall = sum(line["tokens"] for line in lines[half:]) / (seen[-1] - seen[half - 1])
     report(
         model=given.model.name, rival=given.engine, mix=given.mix, cap_gib=given.cap,
-        setting=f"--batch_size {given.batch_size}",
-        tokens_per_second=round(statistics.median(speeds[WARM:])), speeds=[round(speed) for speed in speeds],
+        setting=f"--batch_size {given.batch_size}" + " --low_memory" * given.low_memory,
+        tokens_per_second=round(statistics.median(speeds[half:])), speeds=[round(speed) for speed in speeds],
         second_half_wall=round(overall),
         peak_gib=round(torch.cuda.max_memory_reserved() / 2**30, 2), driver_gib=driver_gib(),
         first_step_s=round(seen[0] - started, 1),
@@ -278,8 +279,9 @@ def _work(given: argparse.Namespace) -> Iterator[tuple[str, list[int], int]]:
     """(what it is called, lengths of the samples of a window, samples of a micro-batch)."""
     for rows, tokens in ROWS[given.setting]:
         yield f"whole rows, {rows} x {tokens}", [tokens] * (8 * rows), rows
-    for rows in UNPACKED[given.mix]:
-        yield f"{given.mix}, padded batches of {rows}", mix(given.mix, SAMPLES), rows
+    for name, sizes in {} if given.whole_rows else UNPACKED.items():
+        for rows in sizes:
+            yield f"{name}, padded batches of {rows}", mix(name, SAMPLES), rows
 
 
 def _peer_speed(model: Any, optimizer: Any, lengths: list[int], rows: int) -> tuple[int, list[int]]:
@@ -344,6 +346,10 @@ def main() -> None:
     parser.add_argument("--cap", type=float, help="GiB of the card that the process may use")
     parser.add_argument("--steps", type=int, default=12, help="optimizer steps of `uf`")
     parser.add_argument("--batch_size", type=int, default=4, help="of `uf`")
+    parser.add_argument("--low_memory", action="store_true", help="of `uf`")
+    parser.add_argument(
+        "--whole_rows", action="store_true", help="of a peer: leave out the padded batches of the mixes"
+    )
     parser.add_argument("--profile", action="store_true", help="of `uf`: look into three of the last steps")
     parser.add_argument("--rival", default="unsloth", choices=["unsloth", "liger", "transformers"])
     parser.add_argument("--setting", default="checkpointing", choices=sorted(ROWS), help="of a peer")
