@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from unsloth_factory.config.settings import ModelSettings, TuningSettings
-from unsloth_factory.kernels import attention
+from unsloth_factory.kernels import attention, swiglu
 from unsloth_factory.model.fast.layer import Saving
 from unsloth_factory.model.load import load_model
 from unsloth_factory.model.loaded import LoadedModel
@@ -127,6 +127,17 @@ def test_what_is_kept_changes_next_to_nothing(wide: Any) -> None:
         found.append(run(loaded))
     assert all(torch.equal(found[0][0], other[0]) for other in found[1:])
     assert all(error(flat(found[0][1]), flat(other[1])) < 5e-3 for other in found[1:])
+
+
+def test_auto_is_fast_where_the_kernels_are_sound(wide: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = ModelSettings(model=str(wide("qwen3")), engine="auto")
+    loaded = load_model(settings, quantization_bit=4, for_training=True, prefers="fast")
+    assert loaded.engine == "fast", loaded.engine_reason
+    right = swiglu.launch_backward
+    monkeypatch.setattr(swiglu, "launch_backward", lambda dout, gate_up: right(dout, gate_up) * 1.1)
+    loaded = load_model(settings, quantization_bit=4, for_training=True, prefers="fast")
+    assert loaded.engine == "standard"
+    assert "of a layer is off by" in loaded.engine_reason
 
 
 def test_memory_that_runs_out_drops_the_graphs(wide: Any) -> None:

@@ -30,7 +30,7 @@ from unsloth_factory.model.load import load_model
 from unsloth_factory.model.loaded import LoadedModel
 from unsloth_factory.run.atomic import write_json
 from unsloth_factory.run.folder import RunFolder, RunManifest, Thinking
-from unsloth_factory.training.checkpoints.store import claim
+from unsloth_factory.training.checkpoints.store import CheckpointStore, claim
 from unsloth_factory.training.job import TrainingJob, TrainResult
 from unsloth_factory.training.loop import train
 from unsloth_factory.training.methods import METHODS, Method
@@ -84,7 +84,7 @@ def _train(config: SftConfig, command: str, method: Method, started: float) -> T
     with claim(folder, config.run, lambda line: console.print(line, highlight=False, markup=False)) as store:
         items, held_out, report = _load_items(config, command, pack)
         general = general_conversations(config.watch, held_out)
-        loaded = _load(config)
+        loaded = _load(config, command, store)
         eos = loaded.generation_defaults.get("eos_token_id", [])
         template = ChatTemplate.from_tokenizer(
             loaded.tokenizer, config.model.chat_template, eos_ids=[eos] if isinstance(eos, int) else eos
@@ -159,14 +159,17 @@ def _load_items(config: SftConfig, command: str, pack: DomainPack | None) -> tup
     return training_data(config.data, load, seed=config.loop.seed, system=system, normalizer=normalizer)
 
 
-def _load(config: SftConfig) -> LoadedModel:
+def _load(config: SftConfig, command: str, store: CheckpointStore) -> LoadedModel:
+    """The model; --engine auto goes on with the engine that the run began with, and the fast one begins SFT alone."""
     device, _, _ = pick_device_dtype()
+    begun = store.newest_engine() if config.run.resume else None
     return load_model(
         config.model,
         quantization_bit=default_quantization(config.tuning, device),
         for_training=True,
         tuning=config.tuning,
         seed=config.loop.seed,
+        prefers=begun or ("fast" if command == "sft" else "standard"),
     )
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from unsloth_factory.kernels.launch import runs_kernels
 from unsloth_factory.kernels.transfer import to_device
 
 
@@ -52,7 +53,7 @@ class Attended:
 
 def backend(device: torch.device) -> str:
     """Which of the three runs: "flash", "efficient" or "plain"."""
-    if device.type != "cuda":
+    if not runs_kernels(device):
         return "plain"
     return "flash" if torch.cuda.get_device_capability(device) >= (8, 0) else "efficient"
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,7 +17,24 @@ except ImportError:  # a machine without a GPU needs none
     pass
 
 
-__all__ = ["jit", "power_of_two", "runs_triton", "tl", "warps_for"]
+__all__ = ["jit", "power_of_two", "runs_kernels", "runs_triton", "tl", "twins_only", "warps_for"]
+_only_twins: list[bool] = []
+"""Not empty within `twins_only`."""
+
+
+@contextmanager
+def twins_only() -> Iterator[None]:
+    """On a GPU too everything is computed by the plain twins of the kernels."""
+    _only_twins.append(True)
+    try:
+        yield
+    finally:
+        _only_twins.pop()
+
+
+def runs_kernels(device: torch.device) -> bool:
+    """Whether kernels made for GPUs are used on this device."""
+    return device.type == "cuda" and not _only_twins
 
 
 def jit(function: Callable[..., None]) -> Any:
@@ -26,7 +44,7 @@ def jit(function: Callable[..., None]) -> Any:
 
 def runs_triton(tensor: torch.Tensor) -> bool:
     """Whether the kernels take this tensor, rather than their twins."""
-    return tensor.is_cuda and _triton is not None
+    return runs_kernels(tensor.device) and _triton is not None
 
 
 def power_of_two(number: int) -> int:

@@ -54,6 +54,11 @@ class Shadows:
         self._tables: tuple[torch.Tensor, ...] = ()
         self._programs = 0
 
+    def randomize(self, generator: torch.Generator) -> None:
+        """Fill all copies with small normal numbers; the next refresh brings them back."""
+        for shadow in self.shadows:
+            shadow.copy.normal_(0.0, 0.02, generator=generator)
+
     def refresh(self) -> None:
         """Copy all."""
         if not self.shadows:

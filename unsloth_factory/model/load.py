@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,8 @@ import torch
 from unsloth_factory.config.errors import UsageError, UserError
 from unsloth_factory.config.settings import ModelSettings, TuningSettings
 from unsloth_factory.model.device import pick_device_dtype
+from unsloth_factory.model.engine import TRANSFORMERS, choose_engine
+from unsloth_factory.model.fast import self_check
 from unsloth_factory.model.fingerprint import check_adapter_base, fingerprint
 from unsloth_factory.model.finite import refuse_nonfinite
 from unsloth_factory.model.integrity import refuse_damaged
@@ -25,27 +29,6 @@ from unsloth_factory.model.tuning import train_all, train_last_layers
 from unsloth_factory.model.weight_files import read_json, shard_paths
 
 
-def choose_engine(requested: str) -> tuple[str, str]:
-    """(engine, reason to print).
-
-    Raises:
-        UsageError: An engine that this version does not have was asked for by name.
-    """
-    if requested == "standard":
-        return "standard", "asked for"
-    if requested == "auto":
-        return "standard", "transformers, peft and bitsandbytes; --engine fast is quicker and still on trial"
-    if requested == "fast":
-        return "fast", "asked for"
-    state = ""
-    if requested == "unsloth":
-        installed = importlib.util.find_spec("unsloth") is not None
-        state = (
-            " (the library is installed, but cannot be driven yet)" if installed else " (nor is the library installed)"
-        )
-    raise UsageError(f"--engine {requested}: not in this version{state}. Use --engine standard, fast or auto.")
-
-
 def load_model(
     settings: ModelSettings,
     *,
@@ -55,6 +38,7 @@ def load_model(
     tuning: TuningSettings | None = None,
     seed: int = 3407,
     device: torch.device | None = None,
+    prefers: str = "standard",
 ) -> LoadedModel:
     """Check, load and prepare a model.
 
@@ -69,6 +53,7 @@ def load_model(
             with its own rank and targets.
         seed: Of the initial LoRA weights.
         device: Other than the picked one.
+        prefers: Engine that --engine auto takes if it can: "fast" or "standard".
 
     Returns:
         The model in evaluation mode. Print `engine_reason`, `device_reason` and `notes`.
@@ -76,8 +61,37 @@ def load_model(
     Raises:
         UserError: Anything about the files, the settings or the memory that the user can mend.
     """
-    engine, engine_reason = choose_engine(settings.engine)
-    tuning = tuning or TuningSettings()
+    load = partial(
+        _load, quantization_bit=quantization_bit, dtype=dtype, for_training=for_training,
+        tuning=tuning or TuningSettings(), seed=seed, device=device, prefers=prefers,
+    )  # fmt: skip
+    loaded = load(settings)
+    checks = loaded.engine == "fast" and for_training and _on_a_gpu(loaded)
+    wrong = self_check.problem(loaded.decoder) if checks else None
+    if wrong is None:
+        return loaded
+    if settings.engine == "fast":
+        raise UserError(f"--engine fast does not work on {loaded.device}: {wrong}. Use --engine standard.")
+    del loaded
+    gc.collect()
+    torch.cuda.empty_cache()
+    loaded = load(replace(settings, engine="standard"))
+    loaded.engine_reason = f"{TRANSFORMERS}; the fast engine does not work on this machine: {wrong}"
+    return loaded
+
+
+def _load(
+    settings: ModelSettings,
+    *,
+    quantization_bit: int | None,
+    dtype: torch.dtype | None,
+    for_training: bool,
+    tuning: TuningSettings,
+    seed: int,
+    device: torch.device | None,
+    prefers: str,
+) -> LoadedModel:
+    """`load_model`, without the look at what the engine computes."""
     folder = resolve_model(settings.model, settings.hub)
     adapter = Path(settings.adapter).expanduser() if settings.adapter else None
     identity = fingerprint(folder)
@@ -91,6 +105,10 @@ def load_model(
         _require_bitsandbytes()
     picked_device, picked_dtype, device_reason = pick_device_dtype()
     device, dtype = device or picked_device, dtype or picked_dtype
+    trained = tuning if for_training else None
+    engine, engine_reason = choose_engine(
+        settings.engine, folder, trained, device, adapter=adapter, quantized=quantized, prefers=prefers
+    )
     if settings.max_memory is not None:
         notes += limit_memory(settings.max_memory, device)
     refuse_damaged(folder)
@@ -100,7 +118,7 @@ def load_model(
     with quiet_libraries():
         read: Callable[..., Any] = load_base
         if engine == "fast":
-            read = partial(_read_fast, tuning=tuning if for_training else None, low_memory=settings.low_memory)
+            read = partial(_read_fast, trains=for_training, low_memory=settings.low_memory)
         model = _load_within_memory(read, folder, quantization_bit, device, stored)
         loaded = LoadedModel(
             model=model,
@@ -119,6 +137,10 @@ def load_model(
         )
         _prepare(loaded, adapter, tuning, for_training, seed)
     return loaded
+
+
+def _on_a_gpu(loaded: LoadedModel) -> bool:
+    return loaded.device.type == "cuda"
 
 
 def quantization_record(folder: Path, dtype: torch.dtype) -> dict[str, Any]:
@@ -173,33 +195,19 @@ def _read_fast(
     quantization_bit: int | None,
     device: torch.device,
     dtype: torch.dtype,
-    tuning: TuningSettings | None,
+    trains: bool,
     low_memory: bool,
 ) -> Any:
-    """The fast engine's model.
-
-    Raises:
-        UsageError: It cannot run this model, or not train it in this way.
-    """
+    """The fast engine's model."""
     from transformers import AutoConfig
 
     from unsloth_factory.model.fast.load import FolderWeights, load_fast
     from unsloth_factory.model.fast.planner import is_small
-    from unsloth_factory.model.fast.spec import why_not
 
     config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
-    reason = why_not(config, quantized=quantization_bit is not None)
-    if is_prequantized(folder):
-        reason = "weights that are stored in 4 bit"
-    elif tuning is not None and tuning.finetuning_type != "lora":
-        reason = f"--finetuning_type {tuning.finetuning_type}"
-    elif tuning is not None and tuning.lora_dropout:
-        reason = f"--lora_dropout {tuning.lora_dropout:g}"
-    if reason is not None:
-        raise UsageError(f"--engine fast cannot run {folder.name}: {reason}. Use --engine standard.")
     weights = FolderWeights(folder, device, dtype)
     # Training can wait for rows of the embedding to come from the CPU, a word after the other cannot.
-    host_embedding = low_memory or (tuning is not None and is_small(device))
+    host_embedding = low_memory or (trains and is_small(device))
     return load_fast(
         weights, config, quantized=quantization_bit is not None, host_embedding=host_embedding, recompute=low_memory
     )
@@ -232,19 +240,7 @@ def _prepare(loaded: LoadedModel, adapter: Path | None, tuning: TuningSettings, 
     elif for_training:
         train_last_layers(loaded.model, tuning.freeze_last_n)
     if loaded.engine == "fast":
-        _bind(loaded)
+        loaded.decoder.bind()  # lets it know the adapter
     if for_training and loaded.device.type == "cuda":
         loaded.set_gradient_checkpointing(True)
     loaded.model.eval()
-
-
-def _bind(loaded: LoadedModel) -> None:
-    """Let the fast engine's decoder know the adapter."""
-    if loaded.has_adapter:
-        config = loaded.model.peft_config["default"]
-        odd = [
-            key for key in ("use_dora", "lora_bias", "modules_to_save", "lora_dropout") if getattr(config, key, None)
-        ]
-        if odd:
-            raise UsageError(f"--engine fast cannot run this adapter: {odd[0]}. Use --engine standard.")
-    loaded.decoder.bind()

@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from unsloth_factory.kernels import nf4
+from unsloth_factory.kernels.launch import runs_kernels
 from unsloth_factory.kernels.shadows import Shadow
 from unsloth_factory.model.fast.arena import Arena
 
@@ -112,6 +113,15 @@ class FusedLinear:
         self._a_gradient = places[0].view(self.rank, self.inputs)
         for place, (part, pair) in zip(places[1:], self._trained(), strict=True):
             self._b_gradients[part.name] = place.view(pair.b.shape)
+
+    def gradients(self) -> list[torch.Tensor]:
+        """Where gradients are added up: of A of all parts, and of each B."""
+        return [self._a_gradient, *self._b_gradients.values()] if self.rank else []
+
+    def clear_gradients(self) -> None:
+        """Set them to 0."""
+        for gradient in self.gradients():
+            gradient.zero_()
 
     def input(self, tokens: int, arena: Arena | None = None) -> torch.Tensor:
         """Room [T, K + R] for an input, in the arena if there is one; write x into its first K columns (`x_of`)."""
@@ -222,7 +232,7 @@ def _product(
 
 def _accumulate(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, scale: float) -> None:
     """Add scale * left @ right to the float32 `total`; on a GPU the product itself adds up in float32."""
-    if left.is_cuda and left.dtype != torch.float32:
+    if runs_kernels(left.device) and left.dtype != torch.float32:
         torch.ops.aten.addmm.dtype_out(total, left, right, torch.float32, beta=1, alpha=scale, out=total)
     else:
         total.add_((left @ right).float(), alpha=scale)

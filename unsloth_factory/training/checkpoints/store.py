@@ -115,6 +115,16 @@ class CheckpointStore:
             self.say(f"--resume auto: {self.folder} has no checkpoint yet; training starts at step 0")
         return checkpoint
 
+    def newest_engine(self) -> str | None:
+        """The engine that wrote the newest checkpoint; None where there is none that can be read."""
+        for step in reversed(self.steps()):
+            try:
+                state = _read(self.path(step), step).state
+            except (OSError, ValueError):
+                continue
+            return str(state.get("fingerprint", {}).get("engine", "standard"))
+        return None
+
     def newest_intact(self) -> Checkpoint | None:
         """The newest checkpoint whose every byte is as it was written; damaged ones are named and skipped."""
         for step in reversed(self.steps()):

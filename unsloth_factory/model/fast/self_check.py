@@ -1,0 +1,95 @@
+"""Before a long training trusts this machine's kernels: do they compute what plain torch computes?
+
+Compilers, drivers and torch's own operations differ from machine to machine; an adapter trained on wrong gradients
+looks like any other. One layer of the loaded model goes forwards and backwards by the kernels and by their plain twins,
+and the whole stack by a CUDA graph and by single launches: about a second, apart from compiling what is needed anyway.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from unsloth_factory.kernels.attention import Documents
+from unsloth_factory.kernels.launch import twins_only
+from unsloth_factory.model.fast.layer import Row, Saving
+
+LENGTHS = (150, 1, 80)
+"""Tokens of the documents: odd, not a multiple of any block, one of a single token."""
+SCALE = 1e-3
+"""Of the layer's input: norms take it away, so that what the layer adds is not hidden behind what it was given."""
+LIMIT = 0.05
+"""Relative error of a whole tensor. bfloat16 alone makes 0.004 to 0.02, a wrong kernel 0.1 to 1."""
+
+
+def problem(decoder: Any) -> str | None:
+    """What is wrong with the fast engine on this machine, or None.
+
+    Args:
+        decoder: A `FastDecoder` on a GPU whose adapter is bound; its gradients and its plans are left as they were.
+    """
+    kept, forced = decoder.adapter.snapshot(), decoder.planner.forced
+    decoder.planner.forced = Saving.KEEP
+    try:
+        with torch.no_grad():
+            return _compared(decoder)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever a compiler or an operation of another version throws
+        return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200] if str(error).strip() else ''}"
+    finally:
+        decoder.adapter.restore(kept)
+        if decoder.graphs is not None:
+            decoder.graphs.drop()
+        decoder.planner.forced = forced
+        torch.cuda.empty_cache()
+
+
+def _compared(decoder: Any) -> str | None:
+    device, dtype, hidden = decoder.norm.weight.device, decoder.norm.weight.dtype, decoder.spec.hidden
+    generator = torch.Generator(device).manual_seed(0)
+    decoder.refresh_shadows()
+    decoder.randomize_shadows(generator)  # B begins at 0, and so would the gradient of A
+    x, dy = torch.randn(2, sum(LENGTHS), hidden, generator=generator, device=device).mul_(SCALE).to(dtype)
+    cos, sin = decoder.table.of(torch.cat([torch.arange(length, device=device) for length in LENGTHS]))
+    row = Row(cos, sin, Documents.of(list(LENGTHS), device))
+    kernels = _one_layer(decoder, x, dy, row)
+    with twins_only():
+        plain = _one_layer(decoder, x, dy, row)
+    for name, wanted in plain.items():
+        error = _error(kernels[name], wanted)
+        if not error < LIMIT:
+            return f"the {name} of a layer is off by {error:.3g} (limit {LIMIT})"
+    if decoder.graphs is None:
+        return None
+    launched, _ = decoder.forward_stack(x, row, [Saving.KEEP] * len(decoder.stack))
+    with torch.enable_grad():
+        replayed = decoder.graphs.run(x, row).detach()
+    error = _error(replayed, decoder.final_norm(launched))
+    return None if error < LIMIT else f"a CUDA graph's output is off by {error:.3g} (limit {LIMIT})"
+
+
+def _one_layer(decoder: Any, x: torch.Tensor, dy: torch.Tensor, row: Row) -> dict[str, torch.Tensor]:
+    """Output of the middle layer, gradient at its input, and gradients of its LoRA matrices."""
+    index = len(decoder.stack) // 2
+    layer, below = decoder.stack[index], decoder.stack[index - 1].down if index else None
+    for projection in layer.projections.values():
+        projection.clear_gradients()
+    y, saved = layer.forward(x, row, saving=Saving.KEEP)
+    room = layer.down.output(len(x))
+    layer.down.y_of(room).copy_(dy)
+    dx = layer.backward(room, saved, row, below)
+    found = {"output": y}
+    if dx is not None and below is not None:
+        found["input's gradient"] = below.y_of(dx)
+    for name, projection in layer.projections.items():
+        for number, gradient in enumerate(projection.gradients()):
+            found[f"gradient {number} of {name}'s adapter"] = gradient.clone()
+    return found
+
+
+def _error(one: torch.Tensor, other: torch.Tensor) -> float:
+    value = float((one.float() - other.float()).norm() / other.float().norm().clamp_min(1e-30))
+    return value if math.isfinite(value) else math.inf
