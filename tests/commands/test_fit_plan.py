@@ -51,6 +51,18 @@ def test_the_page_says_all_in_80_columns(llama: Path, monkeypatch: pytest.Monkey
     assert lines[-1].startswith("uf sft --model ")
 
 
+def test_which_engine_was_planned(llama: Path) -> None:
+    words = ("plan", "--model", llama, "--gpu", "T4", "--max_seq_length", 256)
+    assert "Planned for the standard engine. On a GPU --engine auto" in uf(*words).words
+    for other in (
+        ("--engine", "standard"),
+        ("--finetuning_type", "full"),
+        ("--lora_dropout", 0.1),
+        ("--method", "dpo"),
+    ):
+        assert "Planned for the standard engine" not in uf(*words, *other).words
+
+
 def test_the_sums_of_the_page_are_those_of_the_verdict(llama: Path) -> None:
     _, plan = planned("--model", llama, "--gpu", "H200", "--no_quantization")
     assert sum(plan["parts"].values()) == plan["allocated"]

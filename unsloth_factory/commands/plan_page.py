@@ -51,6 +51,18 @@ def _print_verdict(console: Console, plan: Plan) -> None:
     console.print(line, highlight=False)
     console.print(_work_line(plan), highlight=False)
     console.print(_pace_line(plan), highlight=False)
+    if _may_be_fast(plan):
+        console.print(
+            "Planned for the standard engine. On a GPU --engine auto takes the fast one where it can: quicker, and its "
+            "micro-batches are as large as the memory allows",
+            highlight=False,
+        )
+
+
+def _may_be_fast(plan: Plan) -> bool:
+    config = plan.config
+    lora = config.tuning.finetuning_type == "lora" and not config.tuning.lora_dropout
+    return config.model.engine == "auto" and config.method == "sft" and lora
 
 
 def _work_line(plan: Plan) -> str:
@@ -73,7 +85,8 @@ def _pace_line(plan: Plan) -> str:
     line = f"{asked.tokens_per_second:,.0f} tokens/s, {asked.steps:,} steps, {duration(asked.seconds)}"
     if plan.assumed and plan.config.loop.max_steps is None:
         line += f" for {plan.samples:,} samples (assumed: no --dataset)"
-    line += "; Python sets the pace, not the card" if asked.host_bound else ""
+    # Measured for one configuration on three machines with the same GPU: 1,947, 3,036 and 3,857 tokens/s.
+    line += "; Python sets the pace, not the card: half or twice that on another host" if asked.host_bound else ""
     if not plan.gpu.measured:
         line += f". A model: the {plan.gpu.name} was never measured"
     return line
