@@ -1,7 +1,7 @@
 """A training cannot be lost: kill -9 at any instant, then `--resume auto` ends with the bits of the undisturbed run.
 
 `make torture`: KILLS (default 200) for each of SFT, DPO and QLoRA, a fifth of that for extended runs. `make test` has a
-smaller round in tests/reliability/test_fault_rows_training.py.
+smaller round in tests/reliability/test_fault_rows_kill.py.
 """
 
 from __future__ import annotations

@@ -1,10 +1,9 @@
-"""The rehearsal against counted CPU tensors and against figures measured on a GPU; speed, workload, choices."""
+"""The rehearsal of memory against counted CPU tensors and against figures measured on a GPU."""
 
 from __future__ import annotations
 
 import dataclasses
 import gc
-import json
 import sys
 import weakref
 from collections.abc import Callable
@@ -22,46 +21,21 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training"))
 from training_jobs import CPU, samples  # noqa: E402
 
 from unsloth_factory.config.settings import ModelSettings, TuningSettings  # noqa: E402
-from unsloth_factory.data.batching import StepPlan, pack  # noqa: E402
-from unsloth_factory.estimate import decoder, speed  # noqa: E402
+from unsloth_factory.data.batching import pack  # noqa: E402
+from unsloth_factory.estimate import decoder  # noqa: E402
 from unsloth_factory.estimate.allocator import CachingAllocator  # noqa: E402
 from unsloth_factory.estimate.decoder import Decoder  # noqa: E402
-from unsloth_factory.estimate.forecast import (  # noqa: E402
-    Choice,
-    Forecaster,
-    best,
-    changes,
-    first_that_fits,
-    larger,
-    longest_that_fits,
-    reductions,
-    splits,
-)
 from unsloth_factory.estimate.layers import Rows  # noqa: E402
-from unsloth_factory.estimate.memory import Rehearsal, Training, micro_batch_cost  # noqa: E402
-from unsloth_factory.estimate.rehearsal import Memory, Work  # noqa: E402
-from unsloth_factory.estimate.workload import Sample, Workload, assumed_workload, rows_of  # noqa: E402
-from unsloth_factory.model.gpus import GPUS, Gpu, find_gpu  # noqa: E402
+from unsloth_factory.estimate.memory import Rehearsal, Training  # noqa: E402
+from unsloth_factory.estimate.rehearsal import Memory  # noqa: E402
 from unsloth_factory.model.load import load_model  # noqa: E402
 from unsloth_factory.model.loaded import LoadedModel  # noqa: E402
-from unsloth_factory.model.shapes import ModelShape, find_config, read_shape  # noqa: E402
+from unsloth_factory.model.shapes import find_config, read_shape  # noqa: E402
 from unsloth_factory.training.methods import Sft  # noqa: E402
 
-MIB, GIB = 2**20, 2**30
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from estimate_jobs import MIB, SHAPES, training  # noqa: E402
 
-
-def qwen3(layers: int, hidden: int, intermediate: int, heads: int, tied: bool) -> ModelShape:
-    return ModelShape("qwen3", layers, hidden, intermediate, heads, 8, 128, 151_936, tied, head_norms=True)
-
-
-SHAPES = {
-    "0.6B": qwen3(28, 1024, 3072, 16, True),
-    "1.7B": qwen3(28, 2048, 6144, 16, True),
-    "4B": qwen3(36, 2560, 9728, 32, True),
-    "8B": qwen3(36, 4096, 12288, 32, False),
-}
-# One H200, torch 2.11, 2026-11-22 (benchmarks/plan_accuracy.py): rows, dense mask, trained positions of the longest
-# micro-batch; max_memory_allocated and max_memory_reserved; how far the prediction may be from the latter.
 MEASURED = [
     ("1.7B", "qlora", True, "adamw_8bit", "sft", (512, False, 241), 2096126464, 2388656128, 0.002),
     ("1.7B", "lora", True, "adamw_8bit", "sft", (5049, True, 2408), 5243307520, 5691670528, 0.003),
@@ -75,15 +49,6 @@ MEASURED = [
     ("8B", "qlora", True, "adamw_8bit", "sft", (8140, True, 4034), 11308043776, 12022972416, 0.005),
     ("0.6B", "lora", True, "adamw_8bit", "sft", (16251, True, 8069), 4810721280, 5427429376, 0.06),
 ]
-
-
-def training(shape: ModelShape, kind: str = "qlora", **changes: Any) -> Training:
-    kinds = {"qlora": ("lora", True), "lora": ("lora", False), "full": ("full", False), "freeze": ("freeze", False)}
-    name, quantized = kinds[kind]
-    return Training(shape, name, quantized, **changes)  # type: ignore[arg-type]
-
-
-# -- memory: what was measured on the GPU -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("case", MEASURED, ids=lambda case: f"{case[0]} {case[1]} {case[4]} {case[5][0]}")
@@ -312,227 +277,6 @@ def test_trained_parameters_are_those_of_the_real_model(random_model: Callable[.
         )
         job = training(shape, kind, lora_rank=4)
         assert sum(job.trained_parameters().values()) == loaded.parameter_counts()[0], kind
-
-
-# -- speed ------------------------------------------------------------------------------------------------------------
-
-H200 = GPUS["H200"]
-
-
-def test_cost_of_few_layers_stands_for_all() -> None:
-    rows = Rows(400, 400, True, 200)
-    for kind in ("qlora", "full", "freeze"):
-        job = training(replace(SHAPES["1.7B"], layers=7), kind)
-        whole = Rehearsal(job).cost(rows)
-        few = micro_batch_cost(job, rows)
-        for phase, work in whole.items():
-            assert few[phase].kernels == work.kernels, (kind, phase)
-            assert few[phase].dense == pytest.approx(work.dense, rel=1e-9)
-            assert few[phase].moved == pytest.approx(work.moved, rel=1e-9)
-
-
-def test_the_products_of_a_forward_pass_are_two_a_weight_and_token() -> None:
-    job = training(SHAPES["8B"])
-    work = micro_batch_cost(job, Rows(1000, 1000, False, 1000))
-    shape = job.shape
-    weights = shape.layers * shape.layer_weights + shape.head + sum(job.trained_parameters().values())
-    assert work["forward"].dense == pytest.approx(2 * 1000 * weights, rel=1e-6)
-    assert 2.0 < (work["backward"].dense + work["recompute"].dense) / work["forward"].dense < 2.1
-
-
-def test_the_slower_of_card_and_python_sets_the_pace() -> None:
-    job = training(SHAPES["4B"])
-    work = micro_batch_cost(job, Rows(256, 256, False, 128))
-    found = speed.micro_batch_speed(work, H200, speed.Host(), masked=False)
-    assert found.host_bound
-    slow = replace(H200, products=1e13, bandwidth=1e11)
-    card = speed.micro_batch_speed(work, slow, speed.Host(), masked=False)
-    assert not card.host_bound
-    assert card.seconds > found.seconds
-    assert card.seconds == pytest.approx(card.card, rel=2e-3)
-
-
-def test_card_and_python_hinder_each_other_where_they_take_the_same_time() -> None:
-    work = {"forward": Work(kernels=1000, dense=1e12)}
-    card = speed.card_seconds(work["forward"], H200, "forward", masked=False)
-    found = speed.micro_batch_speed(work, H200, speed.Host(forward=card / 1000), masked=False)
-    assert found.seconds == pytest.approx(2 ** (1 / speed.OVERLAP) * card)
-
-
-def test_where_the_card_sets_the_pace_the_speed_is_what_was_measured() -> None:
-    """Two micro-batches a step on the H200; the cases whose steps agreed within 10 %."""
-    for model, kind, count, masked, tokens_per_second in (
-        ("8B", "qlora", 4056, True, 4471),
-        ("4B", "lora", 8113, True, 4973),
-        ("8B", "lora", 8114, False, 5884),
-    ):
-        job = training(SHAPES[model], kind, optimizer="adamw_8bit", capability=(9, 0))
-        pace = speed.Pace(job, H200, speed.Host(), [Rows(count, count, masked, count // 2)])
-        step = 2 * pace.seconds(count) + speed.update_seconds(job, H200, speed.Host())
-        assert 2 * count / step == pytest.approx(tokens_per_second, rel=0.15)
-
-
-def test_a_pace_lies_between_those_rehearsed() -> None:
-    job = training(replace(SHAPES["1.7B"], layers=2))
-    batches = [Rows(count, count, False, count // 2) for count in (100, 1000, 8000, 8000)]
-    pace = speed.Pace(job, GPUS["T4"], speed.Host(), batches)
-    times = [pace.seconds(count) for count in (100, 500, 1000, 4000, 8000)]
-    assert times == sorted(times)
-    assert times[3] == pytest.approx((times[2] * 4000 + times[4] * 3000) / 7000)
-
-
-# -- workload ---------------------------------------------------------------------------------------------------------
-
-
-def test_rows_of_packed_and_padded_micro_batches() -> None:
-    group = [Sample((10,), 4), Sample((30,), 20)]
-    assert rows_of(group, True) == (Rows(40, 40, True, 24), 40)
-    assert rows_of(group, False) == (Rows(60, 30, True, 24), 40)
-    assert rows_of(group[:1], True) == (Rows(10, 10, False, 4), 10)
-    assert rows_of([Sample((8, 9), 5)], True) == (Rows(17, 17, True, 5), 17)
-
-
-def test_micro_batches_are_those_of_the_loop() -> None:
-    lengths = [20, 500, 30, 40, 510, 60, 70]
-
-    def order(count: int, size: int, accumulation: int) -> Any:
-        plan = StepPlan(count, size, accumulation, 2.0, None, 7)
-        return map(plan.step, range(plan.total_steps))
-
-    steps = Workload(tuple(Sample((n,), n // 2) for n in lengths), order).steps(2, 2, 4096)
-    plan = StepPlan(7, 2, 2, 2.0, None, 7)
-    expected = [sum(lengths[i] for i in group) for k in range(plan.total_steps) for group in plan.step(k)]
-    assert [rows.count for rows in steps.batches] == expected
-    assert steps.longest.count == max(expected)
-    assert (steps.count, steps.tokens) == (plan.total_steps, 2 * sum(lengths))
-    short = Workload(tuple(Sample((n,), n // 2) for n in lengths), order).steps(1, 4, 100)
-    assert short.longest.count == 100
-
-
-def test_without_a_dataset_rows_of_the_longest_kind_are_assumed() -> None:
-    workload = assumed_workload(2048, 2, True, epochs=3.0, max_steps=None)
-    steps = workload.steps(2, 4, 1024)
-    assert steps.count == 375
-    assert steps.batches == [Rows(4096, 4096, True, 2048)] * 1500
-    assert assumed_workload(64, 1, True, epochs=3.0, max_steps=5).steps(1, 1, 64).count == 5
-
-
-# -- choices ----------------------------------------------------------------------------------------------------------
-
-CHOICE = Choice(2, 4, True, True, "adamw", 1024)
-SMALL = replace(SHAPES["1.7B"], layers=3, vocabulary=5000)
-
-
-def forecaster(gpu: Gpu, kind: str = "qlora", **changes: Any) -> Forecaster:
-    return Forecaster(training(SMALL, kind, **changes), assumed_workload(1024, 1, True, 1.0, 10), gpu)
-
-
-def card(needed: Callable[[Forecaster], int]) -> Gpu:
-    """A T4 with just the memory that something needs, and a little."""
-    t4 = GPUS["T4"]
-    return replace(t4, memory=int(needed(forecaster(t4)) / 0.93) + t4.context)
-
-
-def test_splits_keep_the_samples_of_a_step() -> None:
-    assert [(c.batch_size, c.accumulation_steps) for c in splits(replace(CHOICE, batch_size=3))] == [
-        (1, 12), (2, 6), (4, 3),
-    ]  # fmt: skip
-
-
-def test_the_best_choice_is_the_fastest_that_fits() -> None:
-    rich = forecaster(GPUS["H200"])
-    found = best(rich, CHOICE)
-    assert found is not None
-    assert found.choice.batch_size * found.choice.accumulation_steps == 8
-    others = [rich.forecast(replace(c, checkpointing=on)) for c in splits(CHOICE) for on in (True, False)]
-    assert found.seconds == min(other.seconds or 0 for other in others)
-    assert not found.choice.checkpointing
-    # where nothing is clearly faster the given choice stays
-    again = best(rich, found.choice)
-    assert again is not None
-    assert again.choice == found.choice
-
-
-def test_on_a_card_of_unknown_speed_the_largest_micro_batch_wins() -> None:
-    found = best(forecaster(find_gpu("80GB")), CHOICE)
-    assert found is not None
-    assert found.seconds is None
-    assert (found.choice.batch_size, found.choice.checkpointing) == (8, False)
-
-
-def test_reductions_go_from_cheap_to_dear() -> None:
-    start = replace(CHOICE, checkpointing=False, quantized=False)
-    steps = [changes(start, choice) for choice in reductions(start, "lora")]
-    assert steps == [
-        ["micro-batches of 1 x 8"],
-        ["micro-batches of 1 x 8", "checkpointing"],
-        ["micro-batches of 1 x 8", "checkpointing", "adamw_8bit"],
-        ["micro-batches of 1 x 8", "checkpointing", "adamw_8bit", "4-bit base weights"],
-        ["micro-batches of 1 x 8", "checkpointing", "paged_adamw_8bit", "4-bit base weights"],
-    ]
-    assert not any(choice.quantized for choice in reductions(replace(start, quantized=False), "full"))
-
-
-def test_the_first_that_fits_gives_up_no_more_than_it_must() -> None:
-    start = replace(CHOICE, batch_size=8, accumulation_steps=1, quantized=False)
-    quantized = replace(start, batch_size=1, accumulation_steps=8, quantized=True)
-    tight = forecaster(card(lambda f: f.forecast(quantized).memory.reserved))
-    assert best(tight, start) is None
-    found = first_that_fits(tight, start)
-    assert found is not None
-    assert found.verdict == "fits"
-    assert found.choice.quantized
-    assert found.choice.optimizer == "adamw"
-    assert found.choice.max_seq_length == start.max_seq_length
-
-
-def test_at_last_samples_get_shorter_and_at_the_end_nothing_fits() -> None:
-    last = replace(CHOICE, batch_size=1, accumulation_steps=8, optimizer="paged_adamw_8bit", max_seq_length=512)
-    found = first_that_fits(forecaster(card(lambda f: f.forecast(last).memory.reserved)), CHOICE)
-    assert found is not None
-    assert 256 <= found.choice.max_seq_length < 1024
-    assert first_that_fits(forecaster(find_gpu("0.6GB")), CHOICE) is None
-
-
-def test_the_longest_samples_that_fit() -> None:
-    tight = forecaster(card(lambda f: f.forecast(CHOICE).memory.reserved))
-    longest = longest_that_fits(tight, CHOICE, 8192)
-    assert longest is not None
-    assert 1024 <= longest < 1500
-    assert tight.forecast(replace(CHOICE, max_seq_length=longest)).verdict == "fits"
-    assert tight.forecast(replace(CHOICE, max_seq_length=longest + 64)).verdict != "fits"
-    assert longest_that_fits(forecaster(find_gpu("0.6GB")), CHOICE) is None
-
-
-def test_the_next_larger_settings() -> None:
-    names = [what for what, _ in larger(forecaster(GPUS["T4"]), CHOICE)]
-    assert names == ["no checkpointing", "micro-batches of 4", "16-bit base weights", "samples up to 2,048 tokens"]
-    stored = Forecaster(
-        training(replace(SMALL, prequantized=True, max_positions=1024)),
-        Workload((Sample((9,), 5),) * 8, assumed_workload(9, 1, True, 1.0, 1).order),
-        GPUS["T4"],
-    )
-    kept = replace(CHOICE, checkpointing=False, accumulation_steps=1, optimizer="adamw_8bit")
-    assert [what for what, _ in larger(stored, kept)] == ["32-bit optimizer"]
-
-
-def test_verdicts_around_the_limit() -> None:
-    need = forecaster(GPUS["T4"]).forecast(CHOICE).memory.reserved
-    for share, verdict in ((0.90, "fits"), (0.97, "tight"), (1.05, "does not fit")):
-        gpu = replace(GPUS["T4"], memory=int(need / share) + GPUS["T4"].context)
-        assert forecaster(gpu).forecast(CHOICE).verdict == verdict
-
-
-def test_estimating_needs_no_torch() -> None:
-    import subprocess
-    import sys
-
-    program = (
-        "import sys, unsloth_factory.estimate.forecast, unsloth_factory.model.gpus\n"
-        "print([name for name in ('torch', 'transformers') if name in sys.modules])"
-    )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert json.loads(done.stdout.replace("'", '"')) == []
 
 
 def test_memory_counts_by_part() -> None:
