@@ -209,7 +209,7 @@ def _expand(value: Any, plan_dir: str) -> Any:
 
 
 def _reads(stage: Stage) -> tuple[str, ...]:
-    if stage.command == "validate" and getattr(stage.config, "gguf", None):
+    if stage.command in ("validate", "evaluate") and getattr(stage.config, "gguf", None):
         return ("gguf", "quantize")
     return READS[stage.command]
 

@@ -82,6 +82,8 @@ class EvaluateConfig:
     """A benchmark, by log-probabilities of the choices or by generated answers; base and tuned from one load."""
 
     source: FinishedRun = field(default_factory=FinishedRun)
+    gguf: str | None = None
+    """Score these GGUF files through llama.cpp instead, by commas; all takes every one of the run folder."""
     model: ModelSettings = field(default_factory=ModelSettings)
     task: str = "ceval"
     """Benchmark: ceval, cmmlu, mmlu, gsm8k, a YAML file, or a table with columns question, A, B, ..., answer."""

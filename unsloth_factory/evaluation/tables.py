@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from unsloth_factory.evaluation.agreement import agreement_lines
 from unsloth_factory.evaluation.report import Comparison, EvalReport, Metric
 from unsloth_factory.evaluation.rows import plain_name, silent_faults, table_rows
 
@@ -30,7 +31,7 @@ def print_report(report: EvalReport, console: Console) -> None:
     subjects = report.details.get("subjects", {})
     if 1 < len(subjects) <= MANY_SUBJECTS:
         console.print(_subjects_table(subjects, list(report.metrics)))
-    for line in _letters(report):
+    for line in (*_letters(report), *agreement_lines(report)):
         console.print(line, highlight=False, soft_wrap=True)
     silent = silent_faults(report) if report.task == "validation" else []
     if silent:
