@@ -34,7 +34,8 @@ OUTPUTS = {
     "evaluate": ("evaluation_results",),
     "merge": ("merged_model",),
     "gguf": ("gguf",),
-    "quantize": ("gguf",),
+    "quantize": ("gguf", "quality_results"),
+    "quality": ("quality_results",),
     "deploy": ("Modelfile",),
 }
 READS = {
@@ -45,7 +46,8 @@ READS = {
     "merge": TRAINING,
     "gguf": ("merge",),
     "quantize": ("gguf",),
-    "deploy": ("gguf", "quantize"),
+    "quality": (*TRAINING, "gguf", "quantize"),
+    "deploy": ("gguf", "quantize", "quality"),
 }
 
 

@@ -9,6 +9,7 @@ from unsloth_factory.config.settings import (
     BaseWeights,
     DataSettings,
     FinishedRun,
+    GateSettings,
     GenerationSettings,
     GuardSettings,
     LoopSettings,
@@ -182,6 +183,21 @@ class QuantizeConfig:
     """Types by commas: q4_0, q4_k_m, q5_k_m, q6_k, q8_0, or another that the library offers."""
     output: str | None = None
     """Folder of the quantised files. Default: beside the GGUF file."""
+    quality: GateSettings = field(default_factory=GateSettings)
+
+
+@dataclass(frozen=True, kw_only=True)
+class QualityConfig:
+    """What quantising costs: perplexity and KL divergence of each GGUF file against the 16-bit one, and the gate."""
+
+    source: FinishedRun = field(default_factory=FinishedRun)
+    gguf: str = "all"
+    """GGUF files by commas, one of them in 16 bits; all takes every one of the run folder."""
+    quality: GateSettings = field(default_factory=GateSettings)
+    model: ModelSettings = field(default_factory=ModelSettings)
+    data: DataSettings = field(default_factory=DataSettings)
+    save_dir: str | None = None
+    """Folder of the results. Default: quality_results in the run folder."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,7 +206,7 @@ class DeployConfig:
 
     source: FinishedRun = field(default_factory=FinishedRun)
     gguf: str | None = None
-    """GGUF file to serve. Default: the smallest quantised file in the run folder."""
+    """GGUF file to serve. Default: the one that the quality gate picked, else the smallest in the run folder."""
     name: str | None = None
     """Name of the Ollama model. Default: from the run folder's name."""
     system: str | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +58,7 @@ def _markdown(report: EvalReport) -> Iterator[str]:
     yield ""
     compared = bool(report.comparisons)
     head = ["metric", *variants, *(["difference", "95 % interval", "verdict"] if compared else [])]
-    yield from _table(head, (_markdown_row(row, compared) for row in table_rows(report)))
+    yield from markdown_table(head, (_markdown_row(row, compared) for row in table_rows(report)))
     silent = silent_faults(report)
     if silent:
         yield f"\nIn no answer: {', '.join(map(plain_name, silent))}."
@@ -67,7 +67,7 @@ def _markdown(report: EvalReport) -> Iterator[str]:
     if files:
         yield "\n## Files\n"
         rows = ([name, file["path"], f"{file['bytes'] / 2**20:.1f}", file["sha256"]] for name, file in files.items())
-        yield from _table(["", "file", "MiB", "SHA-256"], rows)
+        yield from markdown_table(["", "file", "MiB", "SHA-256"], rows)
     yield from (f"\n{line}" for line in agreement_lines(report))
     for variant, scores in report.details.get("corpus", {}).items():
         yield f"\nCorpus, {variant}: BLEU-4 {scores['bleu']:.2f} (`{scores['bleu_signature']}`), "
@@ -76,12 +76,12 @@ def _markdown(report: EvalReport) -> Iterator[str]:
     if fields:
         yield "\n## JSON fields\n"
         rows = ([name, str(row["n"]), *(f"{row[variant]:.3f}" for variant in variants)] for name, row in fields.items())
-        yield from _table(["field", "references", *variants], rows)
+        yield from markdown_table(["field", "references", *variants], rows)
     worst = [sample for sample in report.details.get("worst", []) if sample["problems"]]
     if worst:
         yield "\n## Worst answers\n"
         keys = ["source", "problems", "question", "reference", *variants]
-        yield from _table(keys, ([_joined(sample[key]) for key in keys] for sample in worst))
+        yield from markdown_table(keys, ([_joined(sample[key]) for key in keys] for sample in worst))
 
 
 def _markdown_row(row: Any, compared: bool) -> list[str]:
@@ -95,7 +95,8 @@ def _markdown_row(row: Any, compared: bool) -> list[str]:
     ]
 
 
-def _table(head: Sequence[str], rows: Any) -> Iterator[str]:
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
+    """Lines of a table; bars, tags and fences in the cells are escaped."""
     yield "| " + " | ".join(head) + " |"
     yield "|" + "---|" * len(head)
     for row in rows:
