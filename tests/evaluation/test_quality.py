@@ -13,6 +13,7 @@ import torch
 
 from unsloth_factory.commands import deploy, quality, quantize
 from unsloth_factory.commands import run as plan
+from unsloth_factory.commands.summary import collect, print_summary
 from unsloth_factory.config.commands import DeployConfig, QualityConfig, QuantizeConfig
 from unsloth_factory.config.errors import UsageError, UserError
 from unsloth_factory.config.settings import DataSettings, FinishedRun, GateSettings, ModelSettings
@@ -225,6 +226,12 @@ def test_from_quantising_through_the_gate_to_deploy(run_folder, monkeypatch, cap
     passed = [file["name"] for file in report["files"] if file["passed"]]
     assert report["picked"] == passed[-1] == "q8_0"  # a tiny model loses more in five bits than a large one
     assert "picked" in capsys.readouterr().out
+    summary = collect(run_folder)
+    assert summary["picked"] == "gguf/run-q8_0.gguf"
+    print_summary(summary | {"seconds": 1}, run_folder.path)
+    out = capsys.readouterr().out
+    assert "q8_0 (picked by the gate)" in out
+    assert "q4_0 (picked" not in out
     assert deploy.run(DeployConfig(source=source)) == 0
     assert run_folder.modelfile.read_text(encoding="utf-8").startswith("FROM ./gguf/run-q8_0.gguf\n")
     # Measured once: another gate opens no file.

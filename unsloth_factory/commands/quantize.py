@@ -8,6 +8,7 @@ from rich.console import Console
 
 from unsloth_factory.commands.quality import HeldOut, measure_and_judge, read_held_out
 from unsloth_factory.commands.source import resolve_source
+from unsloth_factory.commands.training_matrix import training_matrix
 from unsloth_factory.config.commands import QuantizeConfig
 from unsloth_factory.config.errors import UsageError, UserError
 from unsloth_factory.config.settings import DataSettings, ModelSettings
@@ -18,12 +19,13 @@ from unsloth_factory.run.folder import RunFolder
 
 def run(config: QuantizeConfig) -> int:
     """Write one file per type."""
-    types = parse_types(config.types)
+    types = parse_types(config.types, imatrix=config.imatrix)
     source = _source(config)
     folder = Path(config.output) if config.output else source.parent
     # Read before hours of quantising: a gate without held-out answers must not fail after them.
     held_out = _held_out(config) if config.quality.gate is not None else None
-    results = quantize(source, folder, types)
+    matrix = training_matrix(config.source.run, source) if config.imatrix else None
+    results = quantize(source, folder, types, imatrix=matrix)
     for result in results:
         say(summary_line(result))
     if held_out is None:

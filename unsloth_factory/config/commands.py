@@ -183,6 +183,9 @@ class QuantizeConfig:
     """Types by commas: q4_0, q4_k_m, q5_k_m, q6_k, q8_0, or another that the library offers."""
     output: str | None = None
     """Folder of the quantised files. Default: beside the GGUF file."""
+    imatrix: bool = False
+    """Round so that the weights which the training text uses most keep most: an importance matrix. Needs llama-imatrix
+    and llama-quantize on the PATH; allows types below 3 bits (iq2_m, iq2_xxs, ...)."""
     quality: GateSettings = field(default_factory=GateSettings)
 
 

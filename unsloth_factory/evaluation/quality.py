@@ -24,8 +24,8 @@ from unsloth_factory.inference.distributions import log_softmax
 from unsloth_factory.inference.generate import Progress
 from unsloth_factory.inference.llama_cpp import LlamaCpp
 
-LOGITS_TOGETHER = 2**24
-"""Logits held at a time, numbers: 128 MiB in float64."""
+LOGITS_TOGETHER = 2**23
+"""Logits held at a time, numbers: 64 MiB in float64, of which there are a few."""
 TailLogits = Callable[[list[int], int], np.ndarray]
 
 

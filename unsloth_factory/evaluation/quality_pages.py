@@ -63,7 +63,7 @@ def quality_table(report: QualityReport) -> Table:
         table.add_column(column, justify="right" if number else "left")
     for file in report.files:
         values = file.values
-        row = [_named(file, report), f"{file.bytes / MIB:,.1f}", f"{values['perplexity'].value:.3f}"]
+        row = [_named(file, report), f"{file.bytes / MIB:,.1f}", _large(values["perplexity"].value)]
         if file.losses:
             row += [
                 with_error(_percent_rise(values["perplexity ratio"]), 2),
@@ -99,6 +99,10 @@ def with_error(value: Value, digits: int) -> str:
     """Number ± its standard error."""
     error = "" if value.error is None else f"±{value.error:.{digits}f}"
     return f"{value.value:.{digits}f}{error}"
+
+
+def _large(value: float) -> str:
+    return f"{value:.3f}" if value < 100 else f"{value:,.1f}" if value < 1000 else f"{value:.3g}"
 
 
 def _small(value: Value) -> str:
