@@ -102,7 +102,7 @@ def test_files_are_compared_and_finished_subjects_are_not_scored_again(tiny_gguf
     assert [r["q4_0"] for r in other] != [r["q4_0"] for r in records]
 
 
-def test_generated_answers_equal_those_of_transformers(tiny_ggufs, tmp_path):
+def test_generated_answers_equal_those_of_transformers_and_are_kept(tiny_ggufs, tmp_path, monkeypatch):
     for split, count in (("train", 2), ("test", 4)):
         rows = [{"question": f"{split} {i}+{i}=?", "answer": f"{i}+{i}={2 * i}\n#### {2 * i}"} for i in range(count)]
         lines = [json.dumps(row) + "\n" for row in rows]
@@ -113,6 +113,18 @@ def test_generated_answers_equal_those_of_transformers(tiny_ggufs, tmp_path):
     assert [r["f16"]["answer"] for r in records] == [r["base"]["answer"] for r in own]
     assert report["model"]["gguf"]["f16"]["path"] == str(tiny_ggufs["f16"])
     assert report["details"]["token_ids"]["f16"] == {"prompts": 4, "equal": 4}
+    # Stopped in the middle of a line: that answer alone is made again.
+    (path,) = (tmp_path / "out" / "gsm8k_answers").iterdir()
+    path.write_text(path.read_text(encoding="utf-8")[:-9], encoding="utf-8")
+    calls = []
+    original = LlamaCpp.generate
+    monkeypatch.setattr(LlamaCpp, "generate", lambda *args: (calls.append(args[1]), original(*args))[1])
+    for made in (1, 0):
+        calls.clear()
+        assert evaluate(tmp_path / "out", "gsm8k_gguf", gguf=str(tiny_ggufs["f16"]), **settings) == (report, records)
+        assert len(calls) == made
+    evaluate(tmp_path / "out", "gsm8k_gguf", gguf=str(tiny_ggufs["f16"]), **{**settings, "max_new_tokens": 5})
+    assert len(calls) == 4
 
 
 def test_prompts_that_llama_cpp_splits_otherwise_are_counted():

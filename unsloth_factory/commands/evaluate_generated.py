@@ -25,6 +25,7 @@ from unsloth_factory.data.template import ChatTemplate
 from unsloth_factory.evaluation.generation_task import GenerationTask, check_split, read_problems
 from unsloth_factory.evaluation.generative import Answerer, GenerativeOptions, GenerativeResult, evaluate_generated
 from unsloth_factory.evaluation.gguf_file import GgufFile, TokenComparison
+from unsloth_factory.evaluation.kept_answers import KeptAnswers
 from unsloth_factory.evaluation.pages import markdown_page
 from unsloth_factory.evaluation.prompts import ChoicePrompt
 from unsloth_factory.evaluation.tables import print_report
@@ -102,13 +103,16 @@ def _ask_files(
     options = options_of(positions)
     check = partial(require_same_tokenizer, template=template, resolved=resolved)
 
+    answers = resolved.results("evaluation_results", config.save_dir) / f"{task.name}_answers"
     tokens = {name: TokenComparison(template.tokenizer, template.control_tokens) for name in files}
 
     def answer_with(name: str, path: Path) -> Answerer:
         def answer(prompts: Sequence[list[int]]) -> list[Generation]:
             with GgufFile(path, check) as file:
                 tokens[name].add(file, [ChoicePrompt(ids, [], template.tokenizer.decode(ids)) for ids in prompts])
-                return file.answer(prompts, template.stop_ids, options.max_new_tokens, progress)
+                identity = json.dumps([description["gguf"][name]["sha256"], description["engine"]])
+                kept = KeptAnswers(answers, identity, options.max_new_tokens, template.stop_ids)
+                return file.answer(prompts, template.stop_ids, options.max_new_tokens, progress, kept)
 
         return answer
 
