@@ -206,7 +206,7 @@ def _none_passed(report: QualityReport, gate: GateSettings, resolved: ResolvedMo
     if best.value <= float(gate.gate or 0):
         chance = " Its value is below the limit, but so few answers cannot show it: hold more out (--val_split)."
     return (
-        f"No file has a {report.gate_words}. The best is {name} with {best.value:.4f}, up to {best.upper:.4f}."
+        f"No file has a {report.gate_words}. The best is {name} with {best.value:.3g}, up to {best.upper:.3g}."
         f"{chance} All files are kept, and so is the report. Use a type with more bits (--types q6_k,q8_0), serve "
         f"the {report.reference} file (uf deploy --gguf), or allow more (--gate)."
     )
