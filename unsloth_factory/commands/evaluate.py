@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import json
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from unsloth_factory.commands.evaluate_generated import run_generated
-from unsloth_factory.commands.evaluate_gguf import Setup, refuse_with_gguf, say_found, score_files
+from unsloth_factory.commands.evaluate_gguf import score_files
 from unsloth_factory.commands.progress import counting
 from unsloth_factory.commands.source import ResolvedModel, load_source, resolve_source
 from unsloth_factory.config.commands import EvaluateConfig
 from unsloth_factory.config.errors import UsageError
-from unsloth_factory.data.template import ChatTemplate
-from unsloth_factory.evaluation.benchmark import Benchmark, load_benchmark, select_subjects
+from unsloth_factory.evaluation.benchmark import load_benchmark, select_subjects
 from unsloth_factory.evaluation.choice import ChoiceOptions, ChoiceResult, evaluate, model_scorers
 from unsloth_factory.evaluation.generation_task import load_generation_task
 from unsloth_factory.evaluation.kept_scores import KeptScores
@@ -30,7 +28,6 @@ from unsloth_factory.run.atomic import sha256, write_json, write_text
 
 def run(config: EvaluateConfig) -> int:
     """Score the benchmark, save report and records, print the tables."""
-    refuse_with_gguf(config)
     generated = load_generation_task(config.task)
     if generated:
         return run_generated(config, generated, _task_folder(generated.name, generated.layout, None, config.task_dir))
@@ -44,30 +41,16 @@ def run(config: EvaluateConfig) -> int:
     benchmark.prompt(config.lang)
     folder = _task_folder(benchmark.name, benchmark.layout, benchmark.folder, config.task_dir)
     split = config.split or benchmark.default_split
+    if config.gguf:
+        result, target = score_files(config, benchmark, folder, split, console)
+        return _show(result, target, f"{benchmark.name}_gguf", console)
     # Before the weights are loaded: a misspelt subject must not cost a minute.
     select_subjects(benchmark, folder, split, config.subjects)
     resolved = resolve_source(config.source, config.model, quantization_bit=config.quantization_bit)
-    target = resolved.results("evaluation_results", config.save_dir)
-    setup = partial(_setup, config, benchmark, split)
-    if config.gguf:
-        result = score_files(config.gguf, resolved, setup, folder, target, console)
-        name = f"{benchmark.name}_gguf"
-    else:
-        result = _score_model(config, resolved, setup, folder, target, console)
-        name = benchmark.name
-    print_report(result.report, console)
-    for path in save(result, target, name):
-        console.print(f"saved {path}", highlight=False, markup=False, soft_wrap=True)
-    return 0
-
-
-def _setup(
-    config: EvaluateConfig, benchmark: Benchmark, split: str, template: ChatTemplate, max_positions: int
-) -> tuple[PromptMaker, ChoiceOptions]:
-    """How the questions are shown and scored: the same for every engine."""
+    loaded, template = load_source(resolved, console)
     maker = PromptMaker(
         benchmark=benchmark,
-        tokenizer=template.tokenizer,
+        tokenizer=loaded.tokenizer,
         template=None if config.no_chat_template else template,
         lang=config.lang or next(iter(benchmark.prompts)),
         thinking=bool(config.think_chain),
@@ -78,27 +61,29 @@ def _setup(
         split=split,
         subjects=config.subjects,
         per_character=config.choice_mode == "text_normalized",
-        max_tokens=max_positions,
+        max_tokens=loaded.max_positions,
     )
-    return maker, options
-
-
-def _score_model(
-    config: EvaluateConfig, resolved: ResolvedModel, setup: Setup, folder: Path, target: Path, console: Console
-) -> ChoiceResult:
-    """Through transformers or the fast engine; base and tuned from one load."""
-    loaded, template = load_source(resolved, console)
-    maker, options = setup(template, loaded.max_positions)
     scorers = model_scorers(loaded, resolved.variants, config.batch_size)
-    subjects = target / f"{maker.benchmark.name}_subjects"
+    target = resolved.results("evaluation_results", config.save_dir)
+    subjects = target / f"{benchmark.name}_subjects"
     kept: dict[str, KeptScores] = {
         variant: KeptScores(subjects, _identity(variant, resolved, loaded)) for variant in resolved.variants
     }
-    with counting(console, f"{maker.benchmark.title}: subjects") as progress:
+    with counting(console, f"{benchmark.title}: subjects") as progress:
         description = resolved.description(loaded)
         result = evaluate(maker, folder, scorers, options, model=description, kept=kept, on_progress=progress)
-    say_found(console, sum(scores.found for scores in kept.values()), subjects)
-    return result
+    found = sum(scores.found for scores in kept.values())
+    if found:
+        line = f"{found} subjects' scores by the same model on the same prompts were there: {subjects}"
+        console.print(line, style="dim", highlight=False, markup=False, soft_wrap=True)
+    return _show(result, target, benchmark.name, console)
+
+
+def _show(result: ChoiceResult, target: Path, name: str, console: Console) -> int:
+    print_report(result.report, console)
+    for path in save(result, target, name):
+        console.print(f"saved {path}", highlight=False, markup=False, soft_wrap=True)
+    return 0
 
 
 def _identity(variant: str, resolved: ResolvedModel, loaded: LoadedModel) -> str:

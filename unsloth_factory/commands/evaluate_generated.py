@@ -3,38 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import replace
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 
-from unsloth_factory.commands.evaluate_gguf import check_files, with_token_ids
+from unsloth_factory.commands.evaluate_gguf import answer_with_files
 from unsloth_factory.commands.progress import counting
-from unsloth_factory.commands.source import (
-    ResolvedModel,
-    gguf_template,
-    load_source,
-    require_same_tokenizer,
-    resolve_source,
-)
+from unsloth_factory.commands.source import load_source, resolve_source
 from unsloth_factory.config.commands import EvaluateConfig
 from unsloth_factory.config.errors import UsageError
 from unsloth_factory.data.template import ChatTemplate
 from unsloth_factory.evaluation.generation_task import GenerationTask, check_split, read_problems
 from unsloth_factory.evaluation.generative import Answerer, GenerativeOptions, GenerativeResult, evaluate_generated
-from unsloth_factory.evaluation.gguf_file import GgufFile, TokenComparison
-from unsloth_factory.evaluation.kept_answers import KeptAnswers
 from unsloth_factory.evaluation.pages import markdown_page
-from unsloth_factory.evaluation.prompts import ChoicePrompt
 from unsloth_factory.evaluation.tables import print_report
 from unsloth_factory.inference.generate import Generation, Progress, generate
 from unsloth_factory.model.loaded import LoadedModel
 from unsloth_factory.run.atomic import write_json, write_text
-
-OptionsOf = Callable[[int], GenerativeOptions]
-"""Positions of the model -> what is asked."""
 
 
 def run_generated(config: EvaluateConfig, task: GenerationTask, folder: Path) -> int:
@@ -43,82 +29,38 @@ def run_generated(config: EvaluateConfig, task: GenerationTask, folder: Path) ->
     lang: str = config.lang or next(iter(task.prompts))
     _refuse(config, task, lang)
     split = config.split or task.scored_splits[0]
+    if config.gguf:
+        result, target = answer_with_files(config, task, folder, split, console)
+        return _finish(result, target, f"{task.name}_gguf", console)
     # Before the weights are loaded: a missing file must not cost a minute.
     check_split(task, split, config.n_shot)
     read_problems(task, folder, split)
     resolved = resolve_source(config.source, config.model, quantization_bit=config.quantization_bit)
-    ask_with = _ask_files if config.gguf else _ask_model
-
-    def options(max_positions: int) -> GenerativeOptions:
-        return GenerativeOptions(
-            n_shot=config.n_shot,
-            split=split,
-            lang=lang,
-            thinking=resolved.thinking if config.think_chain is None else config.think_chain,
-            max_samples=config.max_samples,
-            max_new_tokens=config.max_new_tokens or task.max_new_tokens,
-            max_tokens=max_positions,
-        )
-
+    loaded, template = load_source(resolved, console)
+    options = GenerativeOptions(
+        n_shot=config.n_shot,
+        split=split,
+        lang=lang,
+        thinking=resolved.thinking if config.think_chain is None else config.think_chain,
+        max_samples=config.max_samples,
+        max_new_tokens=config.max_new_tokens or task.max_new_tokens,
+        max_tokens=loaded.max_positions,
+    )
     with counting(console, f"{task.title}: answers") as progress:
-        result = ask_with(config, resolved, task, folder, options, console, progress)
+        answerers: dict[str, Answerer] = {
+            variant: _answerer(loaded, template, variant, config.batch_size, options.max_new_tokens, progress)
+            for variant in resolved.variants
+        }
+        description = resolved.description(loaded)
+        result = evaluate_generated(task, template, folder, answerers, options, model=description)
+    return _finish(result, resolved.results("evaluation_results", config.save_dir), task.name, console)
+
+
+def _finish(result: GenerativeResult, folder: Path, name: str, console: Console) -> int:
     print_report(result.report, console)
-    target = resolved.results("evaluation_results", config.save_dir)
-    for path in _save(result, target, f"{task.name}_gguf" if config.gguf else task.name):
+    for path in _save(result, folder, name):
         console.print(f"saved {path}", highlight=False, markup=False, soft_wrap=True)
     return 0
-
-
-def _ask_model(
-    config: EvaluateConfig,
-    resolved: ResolvedModel,
-    task: GenerationTask,
-    folder: Path,
-    options_of: OptionsOf,
-    console: Console,
-    progress: Progress,
-) -> GenerativeResult:
-    """Through transformers or the fast engine; base and tuned from one load."""
-    loaded, template = load_source(resolved, console)
-    options = options_of(loaded.max_positions)
-    answerers: dict[str, Answerer] = {
-        variant: _answerer(loaded, template, variant, config.batch_size, options.max_new_tokens, progress)
-        for variant in resolved.variants
-    }
-    return evaluate_generated(task, template, folder, answerers, options, model=resolved.description(loaded))
-
-
-def _ask_files(
-    config: EvaluateConfig,
-    resolved: ResolvedModel,
-    task: GenerationTask,
-    folder: Path,
-    options_of: OptionsOf,
-    console: Console,
-    progress: Progress,
-) -> GenerativeResult:
-    """Through llama.cpp; each file is a variant, open only while it answers."""
-    files, description, positions = check_files(str(config.gguf), resolved)
-    template = gguf_template(resolved)
-    options = options_of(positions)
-    check = partial(require_same_tokenizer, template=template, resolved=resolved)
-
-    answers = resolved.results("evaluation_results", config.save_dir) / f"{task.name}_answers"
-    tokens = {name: TokenComparison(template.tokenizer, template.control_tokens) for name in files}
-
-    def answer_with(name: str, path: Path) -> Answerer:
-        def answer(prompts: Sequence[list[int]]) -> list[Generation]:
-            with GgufFile(path, check) as file:
-                tokens[name].add(file, [ChoicePrompt(ids, [], template.tokenizer.decode(ids)) for ids in prompts])
-                identity = json.dumps([description["gguf"][name]["sha256"], description["engine"]])
-                kept = KeptAnswers(answers, identity, options.max_new_tokens, template.stop_ids)
-                return file.answer(prompts, template.stop_ids, options.max_new_tokens, progress, kept)
-
-        return answer
-
-    answerers = {name: answer_with(name, path) for name, path in files.items()}
-    result = evaluate_generated(task, template, folder, answerers, options, model=description)
-    return replace(result, report=with_token_ids(result.report, tokens, console))
 
 
 def _refuse(config: EvaluateConfig, task: GenerationTask, lang: str) -> None:

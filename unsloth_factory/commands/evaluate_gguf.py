@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from importlib.metadata import version
@@ -15,35 +15,24 @@ from rich.console import Console
 
 from unsloth_factory.commands.gguf_files import gguf_paths, gguf_variants, shortest_context
 from unsloth_factory.commands.progress import counting
-from unsloth_factory.commands.source import ResolvedModel, gguf_template, require_same_tokenizer
+from unsloth_factory.commands.source import ResolvedModel, gguf_template, require_same_tokenizer, resolve_source
 from unsloth_factory.config.commands import EvaluateConfig
 from unsloth_factory.config.errors import UsageError, UserError
 from unsloth_factory.data.template import ChatTemplate
 from unsloth_factory.evaluation.agreement import agreement
+from unsloth_factory.evaluation.benchmark import Benchmark, select_subjects
 from unsloth_factory.evaluation.choice import ChoiceOptions, ChoiceResult, evaluate
+from unsloth_factory.evaluation.generation_task import GenerationTask, check_split, read_problems
+from unsloth_factory.evaluation.generative import Answerer, GenerativeOptions, GenerativeResult, evaluate_generated
 from unsloth_factory.evaluation.gguf_file import GgufFile, TokenComparison
+from unsloth_factory.evaluation.kept_answers import KeptAnswers
 from unsloth_factory.evaluation.kept_scores import KeptScores
-from unsloth_factory.evaluation.prompts import PromptMaker
+from unsloth_factory.evaluation.prompts import ChoicePrompt, PromptMaker
 from unsloth_factory.evaluation.report import EvalReport
 from unsloth_factory.export.sums import verify_file
+from unsloth_factory.inference.generate import Generation
 from unsloth_factory.inference.gguf_header import read_header
 from unsloth_factory.inference.llama_cpp import require_library
-
-Setup = Callable[[ChatTemplate, int], tuple[PromptMaker, ChoiceOptions]]
-"""(template, positions of the model) -> prompts and options of the benchmark."""
-
-
-def refuse_with_gguf(config: EvaluateConfig) -> None:
-    """Refuse flags that say nothing about a GGUF file.
-
-    Raises:
-        UsageError: One was given beside --gguf.
-    """
-    if config.gguf and config.quantization_bit:
-        raise UsageError(
-            f"--quantization_bit {config.quantization_bit} loads a model in NF4; a GGUF file has its own type. "
-            "Give --gguf or --quantization_bit."
-        )
 
 
 def check_files(wanted: str, resolved: ResolvedModel) -> tuple[dict[str, Path], dict[str, Any], int]:
@@ -60,39 +49,78 @@ def check_files(wanted: str, resolved: ResolvedModel) -> tuple[dict[str, Path], 
 
 
 def score_files(
-    wanted: str, resolved: ResolvedModel, setup: Setup, folder: Path, target: Path, console: Console
-) -> ChoiceResult:
-    """Score a benchmark with each file in turn; one file is open at a time.
+    config: EvaluateConfig, benchmark: Benchmark, folder: Path, split: str, console: Console
+) -> tuple[ChoiceResult, Path]:
+    """(result, folder for it) of a benchmark of choices; the files are scored in turn, one is open at a time.
 
     Args:
-        wanted: --gguf.
-        resolved: The run or model that the files were made from.
-        setup: Gives prompts and options.
-        folder: The benchmark's data.
-        target: Folder of the results; finished subjects are kept below it.
+        config: The command's settings, with --gguf.
+        benchmark: What is scored.
+        folder: Its data.
+        split: Of its questions.
         console: For progress.
 
     Raises:
+        UsageError: A flag says nothing about a GGUF file.
         UserError: A file is damaged, or was made from another model.
     """
-    files, description, positions = check_files(wanted, resolved)
+    resolved = _resolved(config)
+    select_subjects(benchmark, folder, split, config.subjects)
+    files, description, positions = check_files(str(config.gguf), resolved)
     template = gguf_template(resolved)
-    maker, options = setup(template, positions)
-    subjects = target / f"{maker.benchmark.name}_subjects"
+    maker, options = _setup(config, benchmark, split, template, positions)
+    target = resolved.results("evaluation_results", config.save_dir)
+    subjects = target / f"{benchmark.name}_subjects"
     refuse_other = partial(require_same_tokenizer, template=template, resolved=resolved)
     kept, tokens = {}, {}
     for name, path in files.items():
-        identity = {"gguf": description["gguf"][name]["sha256"], "engine": description["engine"]}
-        kept[name] = KeptScores(subjects, json.dumps(identity, sort_keys=True))
+        kept[name] = KeptScores(subjects, _identity(description, name))
         tokens[name] = TokenComparison(template.tokenizer, template.control_tokens)
-        with GgufFile(path, refuse_other) as file, counting(console, f"{maker.benchmark.title}, {name}: subjects") as p:
+        with GgufFile(path, refuse_other) as file, counting(console, f"{benchmark.title}, {name}: subjects") as p:
             compare = partial(tokens[name].add, file)
             scorers, own = {name: file.score}, {name: kept[name]}
             evaluate(maker, folder, scorers, options, kept=own, check=compare, on_progress=p)
-    say_found(console, sum(scores.found for scores in kept.values()), subjects)
+    _say_found(console, sum(scores.found for scores in kept.values()), subjects)
     # All scores lie there now: this pass only puts them into one report.
     result = evaluate(maker, folder, dict.fromkeys(files, _not_kept), options, model=description, kept=kept)
-    return _with_comparisons(result, tokens, console)
+    return _with_comparisons(result, tokens, console), target
+
+
+def _resolved(config: EvaluateConfig) -> ResolvedModel:
+    if config.quantization_bit:
+        raise UsageError(
+            f"--quantization_bit {config.quantization_bit} loads a model in NF4; a GGUF file has its own type. "
+            "Give --gguf or --quantization_bit."
+        )
+    return resolve_source(config.source, config.model)
+
+
+def _identity(description: dict[str, Any], name: str) -> str:
+    """All that a file's scores and answers depend on, beside the prompts."""
+    identity = {"gguf": description["gguf"][name]["sha256"], "engine": description["engine"]}
+    return json.dumps(identity, sort_keys=True)
+
+
+def _setup(
+    config: EvaluateConfig, benchmark: Benchmark, split: str, template: ChatTemplate, positions: int
+) -> tuple[PromptMaker, ChoiceOptions]:
+    """The questions exactly as through transformers."""
+    maker = PromptMaker(
+        benchmark=benchmark,
+        tokenizer=template.tokenizer,
+        template=None if config.no_chat_template else template,
+        lang=config.lang or next(iter(benchmark.prompts)),
+        thinking=bool(config.think_chain),
+        mode="letter" if config.choice_mode == "letter" else "text",
+    )
+    options = ChoiceOptions(
+        n_shot=config.n_shot,
+        split=split,
+        subjects=config.subjects,
+        per_character=config.choice_mode == "text_normalized",
+        max_tokens=positions,
+    )
+    return maker, options
 
 
 def _not_kept(prompts: Any, choices: Any) -> np.ndarray:
@@ -104,11 +132,11 @@ def _with_comparisons(result: ChoiceResult, tokens: dict[str, TokenComparison], 
     first, *others = tokens
     records = {name: [record[name] for record in result.records] for name in tokens}
     compared = {name: {"with": first, **asdict(agreement(records[first], records[name]))} for name in others}
-    report = with_token_ids(result.report, tokens, console)
+    report = _with_token_ids(result.report, tokens, console)
     return replace(result, report=replace(report, details={**report.details, "agreement": compared}))
 
 
-def with_token_ids(report: EvalReport, tokens: dict[str, TokenComparison], console: Console) -> EvalReport:
+def _with_token_ids(report: EvalReport, tokens: dict[str, TokenComparison], console: Console) -> EvalReport:
     """The report with how many prompts llama.cpp's tokenizer splits as the model's own; said on the console too."""
     for name, found in tokens.items():
         line = f"{name}: token ids of {found.equal:,} of {found.compared:,} prompts equal llama.cpp's own"
@@ -118,8 +146,49 @@ def with_token_ids(report: EvalReport, tokens: dict[str, TokenComparison], conso
     return replace(report, notes=(*report.notes, *notes), details={**report.details, "token_ids": ids})
 
 
-def say_found(console: Console, found: int, subjects: Path) -> None:
+def _say_found(console: Console, found: int, subjects: Path) -> None:
     """Say how many subjects' scores were taken from the disk."""
     if found:
         line = f"{found} subjects' scores by the same model on the same prompts were there: {subjects}"
         console.print(line, style="dim", highlight=False, markup=False, soft_wrap=True)
+
+
+def answer_with_files(
+    config: EvaluateConfig, task: GenerationTask, folder: Path, split: str, console: Console
+) -> tuple[GenerativeResult, Path]:
+    """(result, folder for it) of a benchmark whose answers are generated; arguments and errors as `score_files`.
+
+    Answers are kept one by one: hours on a CPU are not lost to a stop.
+    """
+    resolved = _resolved(config)
+    check_split(task, split, config.n_shot)
+    read_problems(task, folder, split)
+    files, description, positions = check_files(str(config.gguf), resolved)
+    template = gguf_template(resolved)
+    options = GenerativeOptions(
+        n_shot=config.n_shot,
+        split=split,
+        lang=config.lang or next(iter(task.prompts)),
+        thinking=resolved.thinking if config.think_chain is None else config.think_chain,
+        max_samples=config.max_samples,
+        max_new_tokens=config.max_new_tokens or task.max_new_tokens,
+        max_tokens=positions,
+    )
+    target = resolved.results("evaluation_results", config.save_dir)
+    refuse_other = partial(require_same_tokenizer, template=template, resolved=resolved)
+    tokens = {name: TokenComparison(template.tokenizer, template.control_tokens) for name in files}
+    limits = {"max_new_tokens": options.max_new_tokens, "stop_ids": sorted(template.stop_ids)}
+
+    def answer_with(name: str, path: Path) -> Answerer:
+        def answer(prompts: Sequence[list[int]]) -> list[Generation]:
+            kept = KeptAnswers(target / f"{task.name}_answers", _identity(description, name), limits, chunk=1)
+            with GgufFile(path, refuse_other) as file, counting(console, f"{task.title}, {name}: answers") as progress:
+                tokens[name].add(file, [ChoicePrompt(ids, [], template.tokenizer.decode(ids)) for ids in prompts])
+                ask = partial(file.answer, stop_ids=template.stop_ids, max_new_tokens=options.max_new_tokens)
+                return kept.complete(ask, prompts, progress)
+
+        return answer
+
+    answerers = {name: answer_with(name, path) for name, path in files.items()}
+    result = evaluate_generated(task, template, folder, answerers, options, model=description)
+    return replace(result, report=_with_token_ids(result.report, tokens, console)), target

@@ -10,9 +10,8 @@ from typing import Any
 import numpy as np
 
 from unsloth_factory.evaluation.choice import logits_scorer
-from unsloth_factory.evaluation.kept_answers import KeptAnswers
 from unsloth_factory.evaluation.prompts import ChoicePrompt
-from unsloth_factory.inference.generate import Generation, Progress
+from unsloth_factory.inference.generate import Generation
 from unsloth_factory.inference.llama_cpp import LlamaCpp
 
 
@@ -54,26 +53,9 @@ class GgufFile:
         """Log-probabilities of the choices, float64 [n, choices]; a `choice.Scorer`."""
         return logits_scorer(self.model.tail_logits)(prompts, choices)
 
-    def answer(
-        self,
-        prompts: Sequence[list[int]],
-        stop_ids: Sequence[int],
-        max_new_tokens: int,
-        on_progress: Progress | None = None,
-        kept: KeptAnswers | None = None,
-    ) -> list[Generation]:
-        """Greedy answers, in the order of the prompts; those that are kept are not made again."""
-        answers = []
-        for prompt in prompts:
-            answer = kept.find(prompt) if kept else None
-            if answer is None:
-                answer = self.model.generate(prompt, max_new_tokens, stop_ids)
-                if kept:
-                    kept.add(prompt, answer)
-            answers.append(answer)
-            if on_progress:
-                on_progress(len(answers), len(prompts))
-        return answers
+    def answer(self, prompts: Sequence[list[int]], stop_ids: Sequence[int], max_new_tokens: int) -> list[Generation]:
+        """Greedy answers, in the order of the prompts."""
+        return [self.model.generate(prompt, max_new_tokens, stop_ids) for prompt in prompts]
 
 
 @dataclass
