@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from unsloth_factory.commands.evaluate_generated import run_generated
+from unsloth_factory.commands.evaluate_gguf import score_files
 from unsloth_factory.commands.progress import counting
 from unsloth_factory.commands.source import ResolvedModel, load_source, resolve_source
 from unsloth_factory.config.commands import EvaluateConfig
@@ -17,6 +18,7 @@ from unsloth_factory.evaluation.benchmark import load_benchmark, select_subjects
 from unsloth_factory.evaluation.choice import ChoiceOptions, ChoiceResult, evaluate, model_scorers
 from unsloth_factory.evaluation.generation_task import load_generation_task
 from unsloth_factory.evaluation.kept_scores import KeptScores
+from unsloth_factory.evaluation.pages import markdown_page
 from unsloth_factory.evaluation.prompts import PromptMaker
 from unsloth_factory.evaluation.tables import print_report
 from unsloth_factory.model.fingerprint import ADAPTER_CONFIG, ADAPTER_WEIGHTS
@@ -39,6 +41,9 @@ def run(config: EvaluateConfig) -> int:
     benchmark.prompt(config.lang)
     folder = _task_folder(benchmark.name, benchmark.layout, benchmark.folder, config.task_dir)
     split = config.split or benchmark.default_split
+    if config.gguf:
+        result, target = score_files(config, benchmark, folder, split, console)
+        return _show(result, target, f"{benchmark.name}_gguf", console)
     # Before the weights are loaded: a misspelt subject must not cost a minute.
     select_subjects(benchmark, folder, split, config.subjects)
     resolved = resolve_source(config.source, config.model, quantization_bit=config.quantization_bit)
@@ -71,8 +76,12 @@ def run(config: EvaluateConfig) -> int:
     if found:
         line = f"{found} subjects' scores by the same model on the same prompts were there: {subjects}"
         console.print(line, style="dim", highlight=False, markup=False, soft_wrap=True)
+    return _show(result, target, benchmark.name, console)
+
+
+def _show(result: ChoiceResult, target: Path, name: str, console: Console) -> int:
     print_report(result.report, console)
-    for path in save(result, target, benchmark.name):
+    for path in save(result, target, name):
         console.print(f"saved {path}", highlight=False, markup=False, soft_wrap=True)
     return 0
 
@@ -93,9 +102,10 @@ def _identity(variant: str, resolved: ResolvedModel, loaded: LoadedModel) -> str
 
 
 def save(result: ChoiceResult, folder: Path, name: str) -> list[Path]:
-    """Write NAME.json, NAME_samples.jsonl and, for a split without answers, NAME_submission[_VARIANT].json."""
+    """Write NAME.json, .md, NAME_samples.jsonl and, for a split without answers, NAME_submission[_VARIANT].json."""
     paths = [
         write_json(folder / f"{name}.json", result.report.to_dict()),
+        write_text(folder / f"{name}.md", markdown_page(result.report)),
         write_text(folder / f"{name}_samples.jsonl", "".join(map(_line, result.records))),
     ]
     for variant, letters in result.submissions.items():

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from unsloth_factory.commands.evaluate_gguf import answer_with_files
 from unsloth_factory.commands.progress import counting
 from unsloth_factory.commands.source import load_source, resolve_source
 from unsloth_factory.config.commands import EvaluateConfig
@@ -15,6 +16,7 @@ from unsloth_factory.config.errors import UsageError
 from unsloth_factory.data.template import ChatTemplate
 from unsloth_factory.evaluation.generation_task import GenerationTask, check_split, read_problems
 from unsloth_factory.evaluation.generative import Answerer, GenerativeOptions, GenerativeResult, evaluate_generated
+from unsloth_factory.evaluation.pages import markdown_page
 from unsloth_factory.evaluation.tables import print_report
 from unsloth_factory.inference.generate import Generation, Progress, generate
 from unsloth_factory.model.loaded import LoadedModel
@@ -27,6 +29,9 @@ def run_generated(config: EvaluateConfig, task: GenerationTask, folder: Path) ->
     lang: str = config.lang or next(iter(task.prompts))
     _refuse(config, task, lang)
     split = config.split or task.scored_splits[0]
+    if config.gguf:
+        result, target = answer_with_files(config, task, folder, split, console)
+        return _finish(result, target, f"{task.name}_gguf", console)
     # Before the weights are loaded: a missing file must not cost a minute.
     check_split(task, split, config.n_shot)
     read_problems(task, folder, split)
@@ -48,8 +53,12 @@ def run_generated(config: EvaluateConfig, task: GenerationTask, folder: Path) ->
         }
         description = resolved.description(loaded)
         result = evaluate_generated(task, template, folder, answerers, options, model=description)
+    return _finish(result, resolved.results("evaluation_results", config.save_dir), task.name, console)
+
+
+def _finish(result: GenerativeResult, folder: Path, name: str, console: Console) -> int:
     print_report(result.report, console)
-    for path in _save(result, resolved.results("evaluation_results", config.save_dir), task.name):
+    for path in _save(result, folder, name):
         console.print(f"saved {path}", highlight=False, markup=False, soft_wrap=True)
     return 0
 
@@ -92,5 +101,6 @@ def _save(result: GenerativeResult, folder: Path, name: str) -> list[Path]:
     lines = [json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n" for record in result.records]
     return [
         write_json(folder / f"{name}.json", result.report.to_dict()),
+        write_text(folder / f"{name}.md", markdown_page(result.report)),
         write_text(folder / f"{name}_samples.jsonl", "".join(lines)),
     ]
