@@ -247,6 +247,10 @@ def _details(
                 "shots": item.prompts.shots,
                 "group": item.subject.group,
                 **{variant: mean_metric(values[item.subject.name]).value for variant, values in correct.items()},
+                "standard_errors": {
+                    variant: mean_metric(values[item.subject.name]).standard_error
+                    for variant, values in correct.items()
+                },
             }
             for item in scored
         },
@@ -274,6 +278,9 @@ def _notes(benchmark: Benchmark, options: ChoiceOptions, scored: list[_Scored]) 
     cut = sum(item.prompts.cut for item in scored)
     if cut:
         yield f"{cut} questions are longer than the context of {options.max_tokens} tokens: their beginning was cut."
+    known = len(benchmark.subjects)
+    if len(scored) < known:
+        yield f"{len(scored)} of {known} subjects: averages over a part do not compare with those of the whole."
 
 
 def _records(item: _Scored, letters: Sequence[str]) -> Iterator[dict[str, Any]]:
