@@ -171,6 +171,9 @@ def test_through_the_command(data, random_model_dir, tmp_path, capsys):
     assert report["metrics"]["base"]["accuracy"]["value"] == 0
     assert len((out / "gsm8k_samples.jsonl").read_text(encoding="utf-8").splitlines()) == 3
     assert "accuracy" in capsys.readouterr().out
+    assert command.run(config) == 0
+    assert "3 answers by the same model to the same prompts were there" in capsys.readouterr().out
+    assert json.loads((out / "gsm8k.json").read_text(encoding="utf-8")) == report
     for change in ({"no_chat_template": True}, {"subjects": "x"}, {"max_samples": 0}, {"split": "val"}):
         with pytest.raises(UsageError):
             command.run(EvaluateConfig(task="gsm8k", task_dir=str(data), **change))

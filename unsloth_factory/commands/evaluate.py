@@ -8,9 +8,11 @@ from typing import Any
 
 from rich.console import Console
 
+from unsloth_factory.commands.evaluate_free import run_free
 from unsloth_factory.commands.evaluate_generated import run_generated
+from unsloth_factory.commands.identity import model_identity
 from unsloth_factory.commands.progress import counting
-from unsloth_factory.commands.source import ResolvedModel, load_source, resolve_source
+from unsloth_factory.commands.source import load_source, resolve_source
 from unsloth_factory.config.commands import EvaluateConfig
 from unsloth_factory.config.errors import UsageError
 from unsloth_factory.evaluation.benchmark import load_benchmark, select_subjects
@@ -19,9 +21,7 @@ from unsloth_factory.evaluation.generation_task import load_generation_task
 from unsloth_factory.evaluation.kept_scores import KeptScores
 from unsloth_factory.evaluation.prompts import PromptMaker
 from unsloth_factory.evaluation.tables import print_report
-from unsloth_factory.model.fingerprint import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from unsloth_factory.model.loaded import LoadedModel
-from unsloth_factory.run.atomic import sha256, write_json, write_text
+from unsloth_factory.run.atomic import write_json, write_text
 
 
 def run(config: EvaluateConfig) -> int:
@@ -29,15 +29,20 @@ def run(config: EvaluateConfig) -> int:
     generated = load_generation_task(config.task)
     if generated:
         return run_generated(config, generated, _task_folder(generated.name, generated.layout, None, config.task_dir))
-    if config.max_samples is not None or config.max_new_tokens is not None:
-        raise UsageError(
-            f"--max_samples and --max_new_tokens are for generated answers; {config.task} is scored without any. "
-            "--subjects takes a part of it."
-        )
     console = Console()
     benchmark = load_benchmark(config.task)
     benchmark.prompt(config.lang)
+    free = config.choice_mode == "generate"
+    limits = (config.max_samples, config.max_new_tokens, config.thinking_budget)
+    if not free and any(limit is not None for limit in limits):
+        raise UsageError(
+            "--max_samples, --max_new_tokens and --thinking_budget are for generated answers; "
+            f"{config.task} is scored without any. --subjects takes a part of it, --choice_mode generate asks freely."
+        )
     folder = _task_folder(benchmark.name, benchmark.layout, benchmark.folder, config.task_dir)
+    if free:
+        result, target = run_free(config, benchmark, folder, console)
+        return _show(result, target, f"{benchmark.name}_generated", console)
     split = config.split or benchmark.default_split
     # Before the weights are loaded: a misspelt subject must not cost a minute.
     select_subjects(benchmark, folder, split, config.subjects)
@@ -62,7 +67,7 @@ def run(config: EvaluateConfig) -> int:
     target = resolved.results("evaluation_results", config.save_dir)
     subjects = target / f"{benchmark.name}_subjects"
     kept: dict[str, KeptScores] = {
-        variant: KeptScores(subjects, _identity(variant, resolved, loaded)) for variant in resolved.variants
+        variant: KeptScores(subjects, model_identity(variant, resolved, loaded)) for variant in resolved.variants
     }
     with counting(console, f"{benchmark.title}: subjects") as progress:
         description = resolved.description(loaded)
@@ -71,25 +76,14 @@ def run(config: EvaluateConfig) -> int:
     if found:
         line = f"{found} subjects' scores by the same model on the same prompts were there: {subjects}"
         console.print(line, style="dim", highlight=False, markup=False, soft_wrap=True)
+    return _show(result, target, benchmark.name, console)
+
+
+def _show(result: ChoiceResult, target: Path, name: str, console: Console) -> int:
     print_report(result.report, console)
-    for path in save(result, target, benchmark.name):
+    for path in save(result, target, name):
         console.print(f"saved {path}", highlight=False, markup=False, soft_wrap=True)
     return 0
-
-
-def _identity(variant: str, resolved: ResolvedModel, loaded: LoadedModel) -> str:
-    """All of the model that its scores depend on; the base does not depend on the adapter."""
-    parts: dict[str, Any] = {
-        "fingerprint": loaded.fingerprint,
-        "engine": loaded.engine,
-        "dtype": str(loaded.dtype),
-        "device": loaded.device.type,
-        "quantized": loaded.quantized,
-    }
-    if variant == "tuned" and resolved.settings.adapter:
-        folder = Path(resolved.settings.adapter).expanduser()
-        parts["adapter"] = {name: sha256(folder / name) for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)}
-    return json.dumps(parts, sort_keys=True)
 
 
 def save(result: ChoiceResult, folder: Path, name: str) -> list[Path]:

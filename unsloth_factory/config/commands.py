@@ -93,8 +93,8 @@ class EvaluateConfig:
     """Language of the prompt around the questions. Default: the benchmark's first."""
     subjects: str | None = None
     """Subjects by commas; default: all."""
-    choice_mode: Literal["letter", "text", "text_normalized"] = "letter"
-    """What is scored: the option's letter, its text (options not listed), or that per character of the option."""
+    choice_mode: Literal["letter", "text", "text_normalized", "generate"] = "letter"
+    """What is scored: the option's letter, its text (options not listed), that per character, or a generated answer."""
     split: Literal["val", "test"] | None = None
     """Questions that are scored. Default: the benchmark's own, val for ceval, test for cmmlu and mmlu."""
     batch_size: int = 8
@@ -103,6 +103,8 @@ class EvaluateConfig:
     """Only the first so many questions, of a benchmark whose answers are generated."""
     max_new_tokens: int | None = None
     """Longest generated answer, tokens. Default: the benchmark's own."""
+    thinking_budget: int | None = None
+    """Longest thinking before a generated answer, tokens: then it is closed, and the model has to answer."""
     no_chat_template: bool = False
     """Plain text prompt instead of the model's chat template."""
     think_chain: bool | None = None

@@ -36,6 +36,10 @@ class GenerativeOptions:
     max_samples: int | None = None
     """The first so many questions; None for all."""
     max_new_tokens: int = 512
+    thinking_budget: int | None = None
+    """Tokens after which thinking was closed, for the report."""
+    room: int = 0
+    """Tokens of the longest answer with its thinking; 0 for `max_new_tokens`."""
     max_tokens: int = 2**31
     """The model's context, tokens."""
 
@@ -91,7 +95,7 @@ def _prompts(
     options: GenerativeOptions,
 ) -> tuple[list[list[int]], int]:
     """(prompts, worked examples in them): as many as leave room for the longest answer."""
-    prompt = task.prompts[options.lang]
+    prompt, longest = task.prompts[options.lang], options.room or options.max_new_tokens
     for count in range(len(shots), -1, -1):
         opening: list[Turn] = []
         for shot in shots[:count]:
@@ -103,10 +107,10 @@ def _prompts(
             )
             for problem in problems
         ]
-        if max(map(len, prompts)) + options.max_new_tokens <= options.max_tokens:
+        if max(map(len, prompts)) + longest <= options.max_tokens:
             return prompts, count
     raise UserError(
-        f"{task.title}: the longest question and an answer of {options.max_new_tokens} tokens do not fit into the "
+        f"{task.title}: the longest question and an answer of {longest} tokens do not fit into the "
         f"model's context of {options.max_tokens}. Give a smaller --max_new_tokens."
     )
 
@@ -148,6 +152,7 @@ def _result(
             "lang": options.lang,
             "thinking": options.thinking,
             "max_new_tokens": options.max_new_tokens,
+            "thinking_budget": options.thinking_budget,
         },
         n=len(problems),
         metrics={variant: _metrics(records, variant) for variant in answers},
