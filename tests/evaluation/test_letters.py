@@ -108,6 +108,11 @@ ANSWERS = [
     ("答案是A吗？我不确定。", None),
     # several
     ("ABD", None),
+    ("A、B都可以", None),
+    ("A, B, C", None),
+    ("A.C.D", None),
+    ("A. B超检查", "A"),
+    ("B，低盐为好", "B"),
     ("答案：AB", None),
     ("答案是A、C", None),
     ("答案是A和C。", None),

@@ -65,7 +65,11 @@ _SPOKEN_OF = re.compile(
     re.IGNORECASE,
 )
 _LINE = re.compile(r"^[\s(\[\"'“【]*([A-Z])[\s)\]\"'”】.。:、,!]*$", re.IGNORECASE | re.MULTILINE)
-_OPTION_LINE = re.compile(r"(?:\A\(?(?=[a-z]\)))([a-z])|^[\s(\[\"'“【]*([A-Z])\s*[)\].、:】]\s*\S", re.MULTILINE)
+_OPTION_LINE = re.compile(
+    r"(?:\A\(?(?=[a-z]\)))([a-z])"
+    r"|^[\s(\[\"'“【]*([A-Z])\s*(?:[)\].:】](?!\s*[A-Z]\s*(?:[).、,:]|$))|[、,](?!\s*[A-Z](?![a-z])))\s*\S",
+    re.MULTILINE,
+)
 _WRAPPED = re.compile(r"\\(?:text|textbf|mathrm|mathbf|rm|bf)\s*\{([^{}]*)\}")
 _MARKS = re.compile(r"[*_`#$~]|\\[()\[\]]|</?(?:b|i|strong|em|answer)>", re.IGNORECASE)
 _HEADING = re.compile(r"^\s*(?:正确)?答案\s*(?:是|为|:)*|^\s*(?:the )?answer(?: is|:)", re.IGNORECASE)
