@@ -28,7 +28,10 @@ def run(config: EvaluateConfig) -> int:
     """Score the benchmark, save report and records, print the tables."""
     generated = load_generation_task(config.task)
     if generated:
-        return run_generated(config, generated, _task_folder(generated.name, generated.layout, None, config.task_dir))
+        folder = _task_folder(generated.name, generated.layout, generated.folder, config.task_dir)
+        return run_generated(config, generated, folder)
+    if config.scorer:
+        raise UsageError(f"--scorer is for questions with reference answers; {config.task} is of multiple choice.")
     console = Console()
     benchmark = load_benchmark(config.task)
     benchmark.prompt(config.lang)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -21,6 +22,7 @@ from unsloth_factory.run.atomic import write_json, write_text
 def run_generated(config: EvaluateConfig, task: GenerationTask, folder: Path) -> int:
     """Ask the questions, save report and records, print the table."""
     console = Console()
+    task = replace(task, scorer=config.scorer or task.scorer)
     lang: str = config.lang or next(iter(task.prompts))
     _refuse(config, task, lang)
     split = config.split or task.scored_splits[0]

@@ -84,7 +84,7 @@ class EvaluateConfig:
     source: FinishedRun = field(default_factory=FinishedRun)
     model: ModelSettings = field(default_factory=ModelSettings)
     task: str = "ceval"
-    """Benchmark: ceval, cmmlu, mmlu, gsm8k, a YAML file, or a table with columns question, A, B, ..., answer."""
+    """Benchmark: ceval, cmmlu, mmlu, gsm8k, a YAML file, or a table: question, A, B, ..., answer; question, answer."""
     task_dir: str | None = None
     """Folder of the benchmark's data in its upstream layout (dev/, val/)."""
     n_shot: int = 5
@@ -95,6 +95,8 @@ class EvaluateConfig:
     """Subjects by commas; default: all."""
     choice_mode: Literal["letter", "text", "text_normalized", "generate"] = "letter"
     """What is scored: the option's letter, its text (options not listed), that per character, or a generated answer."""
+    scorer: Literal["number", "exact", "contains", "f1"] | None = None
+    """How generated answers are scored. Default: the benchmark's own; of a table number if all answers are, else f1."""
     split: Literal["val", "test"] | None = None
     """Questions that are scored. Default: the benchmark's own, val for ceval, test for cmmlu and mmlu."""
     batch_size: int = 8

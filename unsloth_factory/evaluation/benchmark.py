@@ -191,7 +191,8 @@ def table_benchmark(path: Path) -> Benchmark:
     if missing:
         raise UserError(
             f"{path} has no column {', '.join(missing)}; it has: {', '.join(columns)}. A table of multiple-choice "
-            "questions has question, A, B (and C, D, ...) and answer, a letter. Other names: write a YAML file."
+            "questions has question, A, B (and C, D, ...) and answer, a letter; one of questions with reference "
+            "answers has question and answer. Other names: write a YAML file."
         )
     prompts = {
         "zh": Prompt(intro="", question="{question}\n{choices}\n答案："),
