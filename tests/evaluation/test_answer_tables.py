@@ -21,6 +21,7 @@ from unsloth_factory.inference.generate import Generation
     [
         ("应低盐饮食，按时服药。", "低盐饮食", True),
         ("应少盐饮食", "低盐饮食", False),
+        ("饮食低盐", "低盐饮食", False),
         ("It takes 112 days.", "12", False),
         ("It takes 12 days.", "12", True),
         ("The CAPITAL is Paris.", "capital is paris", True),

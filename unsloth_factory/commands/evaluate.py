@@ -10,6 +10,7 @@ from rich.console import Console
 
 from unsloth_factory.commands.evaluate_free import run_free
 from unsloth_factory.commands.evaluate_generated import run_generated
+from unsloth_factory.commands.evaluate_harness import run_harness
 from unsloth_factory.commands.identity import model_identity
 from unsloth_factory.commands.progress import counting
 from unsloth_factory.commands.source import load_source, resolve_source
@@ -19,6 +20,7 @@ from unsloth_factory.evaluation.benchmark import load_benchmark, select_subjects
 from unsloth_factory.evaluation.choice import ChoiceOptions, ChoiceResult, evaluate, model_scorers
 from unsloth_factory.evaluation.generation_task import load_generation_task
 from unsloth_factory.evaluation.kept_scores import KeptScores
+from unsloth_factory.evaluation.lm_harness import PREFIX
 from unsloth_factory.evaluation.prompts import PromptMaker
 from unsloth_factory.evaluation.tables import print_report
 from unsloth_factory.run.atomic import write_json, write_text
@@ -26,6 +28,8 @@ from unsloth_factory.run.atomic import write_json, write_text
 
 def run(config: EvaluateConfig) -> int:
     """Score the benchmark, save report and records, print the tables."""
+    if config.task.startswith(PREFIX):
+        return run_harness(config)
     generated = load_generation_task(config.task)
     if generated:
         folder = _task_folder(generated.name, generated.layout, generated.folder, config.task_dir)
@@ -60,7 +64,7 @@ def run(config: EvaluateConfig) -> int:
         mode="letter" if config.choice_mode == "letter" else "text",
     )
     options = ChoiceOptions(
-        n_shot=config.n_shot,
+        n_shot=config.shots,
         split=split,
         subjects=config.subjects,
         per_character=config.choice_mode == "text_normalized",

@@ -45,9 +45,7 @@ def run_free(config: EvaluateConfig, benchmark: Benchmark, folder: Path, console
         thinking=thinking,
         mode="generate",
     )
-    options = ChoiceOptions(
-        n_shot=config.n_shot, split=split, subjects=config.subjects, max_tokens=loaded.max_positions
-    )
+    options = ChoiceOptions(n_shot=config.shots, split=split, subjects=config.subjects, max_tokens=loaded.max_positions)
     longest = config.max_new_tokens or (LONGEST_THINKING if thinking and not config.thinking_budget else LONGEST)
     target = resolved.results("evaluation_results", config.save_dir)
     answers = ModelAnswers(

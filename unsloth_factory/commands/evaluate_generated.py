@@ -27,7 +27,7 @@ def run_generated(config: EvaluateConfig, task: GenerationTask, folder: Path) ->
     _refuse(config, task, lang)
     split = config.split or task.scored_splits[0]
     # Before the weights are loaded: a missing file must not cost a minute.
-    check_split(task, split, config.n_shot)
+    check_split(task, split, config.shots)
     read_problems(task, folder, split)
     resolved = resolve_source(config.source, config.model, quantization_bit=config.quantization_bit)
     thinking = resolved.thinking if config.think_chain is None else config.think_chain
@@ -40,7 +40,7 @@ def run_generated(config: EvaluateConfig, task: GenerationTask, folder: Path) ->
         folder=target / f"{task.name}_answers",
     )  # fmt: skip
     options = GenerativeOptions(
-        n_shot=config.n_shot,
+        n_shot=config.shots,
         split=split,
         lang=lang,
         thinking=thinking,

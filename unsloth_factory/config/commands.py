@@ -84,11 +84,13 @@ class EvaluateConfig:
     source: FinishedRun = field(default_factory=FinishedRun)
     model: ModelSettings = field(default_factory=ModelSettings)
     task: str = "ceval"
-    """Benchmark: ceval, cmmlu, mmlu, gsm8k, a YAML file, or a table: question, A, B, ..., answer; question, answer."""
+    """ceval, cmmlu, mmlu, gsm8k, lm_eval:NAME, a YAML file, or a table: question, answer, maybe options A, B, ..."""
+    lm_eval_include: str | None = None
+    """Folder with tasks of one's own for lm_eval:NAME, as lm-evaluation-harness reads them."""
     task_dir: str | None = None
     """Folder of the benchmark's data in its upstream layout (dev/, val/)."""
-    n_shot: int = 5
-    """Worked examples before each question, from the dev split alone."""
+    n_shot: int | None = None
+    """Worked examples before each question, from the dev split alone. Default: 5; of an lm_eval task its own."""
     lang: Literal["zh", "en"] | None = None
     """Language of the prompt around the questions. Default: the benchmark's first."""
     subjects: str | None = None
@@ -115,6 +117,11 @@ class EvaluateConfig:
     """Folder of the results. Default: evaluation_results in the run folder."""
     quantization_bit: Literal[4] | None = None
     """4 loads the base in NF4. Default: as it was trained."""
+
+    @property
+    def shots(self) -> int:
+        """Worked examples where the benchmark has no number of its own."""
+        return 5 if self.n_shot is None else self.n_shot
 
 
 @dataclass(frozen=True, kw_only=True)
