@@ -11,6 +11,7 @@ from rich.console import Console
 from unsloth_factory.commands.evaluate_free import run_free
 from unsloth_factory.commands.evaluate_generated import run_generated
 from unsloth_factory.commands.evaluate_harness import run_harness
+from unsloth_factory.commands.evaluate_many import run_models, run_tasks
 from unsloth_factory.commands.identity import model_identity
 from unsloth_factory.commands.progress import counting
 from unsloth_factory.commands.source import load_source, resolve_source
@@ -28,6 +29,10 @@ from unsloth_factory.run.atomic import write_json, write_text
 
 def run(config: EvaluateConfig) -> int:
     """Score the benchmark, save report and records, print the tables."""
+    if config.models:
+        return run_models(config, run)
+    if "," in config.task:
+        return run_tasks(config, run)
     if config.task.startswith(PREFIX):
         return run_harness(config)
     generated = load_generation_task(config.task)

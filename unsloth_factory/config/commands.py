@@ -17,6 +17,7 @@ from unsloth_factory.config.settings import (
     TuningSettings,
     WatchSettings,
 )
+from unsloth_factory.config.values import Names
 
 CEVAL_LANGUAGES = ("zh", "en")
 
@@ -83,12 +84,14 @@ class EvaluateConfig:
 
     source: FinishedRun = field(default_factory=FinishedRun)
     model: ModelSettings = field(default_factory=ModelSettings)
+    models: Names | None = None
+    """Models, or run folders, to choose from: each is scored, and set against its size, memory and speed."""
     task: str = "ceval"
-    """ceval, cmmlu, mmlu, gsm8k, lm_eval:NAME, a YAML file, or a table: question, answer, maybe options A, B, ..."""
+    """ceval, cmmlu, mmlu, gsm8k, lm_eval:NAME, a YAML file, a table (question, answer, maybe A, B, ...); or several."""
     lm_eval_include: str | None = None
     """Folder with tasks of one's own for lm_eval:NAME, as lm-evaluation-harness reads them."""
     task_dir: str | None = None
-    """Folder of the benchmark's data in its upstream layout (dev/, val/)."""
+    """Folder of the benchmark's data in its upstream layout (dev/, val/). Of several: holds a folder named as each."""
     n_shot: int | None = None
     """Worked examples before each question, from the dev split alone. Default: 5; of an lm_eval task its own."""
     lang: Literal["zh", "en"] | None = None

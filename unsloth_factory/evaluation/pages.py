@@ -55,7 +55,7 @@ def _markdown(report: EvalReport) -> Iterator[str]:
     yield ""
     compared = bool(report.comparisons)
     head = ["metric", *variants, *(["difference", "95 % interval", "verdict"] if compared else [])]
-    yield from _table(head, (_markdown_row(row, compared) for row in table_rows(report)))
+    yield from markdown_table(head, (_markdown_row(row, compared) for row in table_rows(report)))
     silent = silent_faults(report)
     if silent:
         yield f"\nIn no answer: {', '.join(map(plain_name, silent))}."
@@ -67,12 +67,12 @@ def _markdown(report: EvalReport) -> Iterator[str]:
     if fields:
         yield "\n## JSON fields\n"
         rows = ([name, str(row["n"]), *(f"{row[variant]:.3f}" for variant in variants)] for name, row in fields.items())
-        yield from _table(["field", "references", *variants], rows)
+        yield from markdown_table(["field", "references", *variants], rows)
     worst = [sample for sample in report.details.get("worst", []) if sample["problems"]]
     if worst:
         yield "\n## Worst answers\n"
         keys = ["source", "problems", "question", "reference", *variants]
-        yield from _table(keys, ([_joined(sample[key]) for key in keys] for sample in worst))
+        yield from markdown_table(keys, ([_joined(sample[key]) for key in keys] for sample in worst))
 
 
 def _markdown_row(row: Any, compared: bool) -> list[str]:
@@ -86,7 +86,8 @@ def _markdown_row(row: Any, compared: bool) -> list[str]:
     ]
 
 
-def _table(head: Sequence[str], rows: Any) -> Iterator[str]:
+def markdown_table(head: Sequence[str], rows: Any) -> Iterator[str]:
+    """The lines of a table."""
     yield "| " + " | ".join(head) + " |"
     yield "|" + "---|" * len(head)
     for row in rows:
