@@ -152,3 +152,46 @@ def test_flags_that_a_task_of_the_harness_has_no_use_for(monkeypatch, change):
     monkeypatch.setattr(lm_harness, "find_spec", lambda name: True)
     with pytest.raises(UsageError, match=f"--{next(iter(change))} is not for tasks of lm-evaluation-harness"):
         command.run(EvaluateConfig(task="lm_eval:own", **change))
+
+
+def fabricated(share: dict[str, str], *, weighted: bool) -> dict:
+    """A result of the harness: a group of two tasks whose questions are right (1) or wrong (0)."""
+    import numpy as np
+
+    means = {name: float(np.mean([int(x) for x in answers])) for name, answers in share.items()}
+    every = [int(x) for answers in share.values() for x in answers]
+    results = {name: {"acc,none": mean, "acc_stderr,none": 0.1, "alias": name} for name, mean in means.items()}
+    group = float(np.mean(every)) if weighted else float(np.mean(list(means.values())))
+    return {
+        "results": {**results, "own": {"acc,none": group, "acc_stderr,none": "N/A"}},
+        "group_subtasks": {"own": ["inner"], "inner": list(share)},
+        "samples": {
+            name: [{"doc_id": i, "filter": "none", "acc": float(x), "metrics": ["acc"]} for i, x in enumerate(answers)]
+            for name, answers in share.items()
+        },
+        "n-samples": {name: {"effective": len(answers)} for name, answers in share.items()},
+        "higher_is_better": {name: {"acc": True} for name in share},
+    }
+
+
+@pytest.mark.parametrize("weighted", [True, False])
+def test_a_group_is_compared_as_it_is_averaged(weighted):
+    from unsloth_factory.evaluation import harness_report
+
+    shares = {"base": {"a": "11111111", "b": "01"}, "tuned": {"a": "00000001", "b": "01"}}
+    results = {variant: fabricated(share, weighted=weighted) for variant, share in shares.items()}
+    metrics = {variant: dict(harness_report._metrics(result)) for variant, result in results.items()}
+    compared = dict(harness_report._comparisons(results, metrics))
+    assert list(compared) == ["a acc", "b acc", "own acc"]
+    assert compared["a acc"].p_value == pytest.approx(2 / 2**7)
+    assert compared["b acc"].verdict == "no difference beyond the error"
+    assert compared["own acc"].delta == pytest.approx(-0.7 if weighted else -7 / 16)
+    assert compared["own acc"].verdict == "worse"
+    if weighted:
+        assert compared["own acc"].p_value == pytest.approx(2 / 2**7)
+    else:
+        low, high = compared["own acc"].interval
+        assert (high - low) / 2 == pytest.approx(1.959964 * (7 / 8 * 1 / 8 / 7) ** 0.5 / 2)
+    assert harness_report._headline(results["base"], "own") == "own acc"
+    assert harness_report._without_error(results["base"]) == ["own acc"]
+    assert metrics["base"]["own acc"].better == "higher"

@@ -15,11 +15,13 @@ from typing import Any
 import numpy as np
 
 from unsloth_factory.config.errors import UsageError, UserError
-from unsloth_factory.evaluation.averages import compare, mean_metric, normal_p
+from unsloth_factory.evaluation.averages import compare, macro_metric, mean_metric, normal_p
 from unsloth_factory.evaluation.lm_harness import PREFIX
 from unsloth_factory.evaluation.report import Comparison, EvalReport, Metric
 from unsloth_factory.scoring import mcnemar
 
+LONGEST_PROBLEM = 300
+"""Characters of another's error that are shown."""
 BOOTSTRAPS = 1000
 """Resamples of the standard error of metrics that have no formula for it."""
 
@@ -60,14 +62,14 @@ def load_tasks(options: HarnessOptions) -> Any:
             continue
         try:
             manager.load([options.task])
-        except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
+        except Exception as error:  # others' code, and datasets has errors of its own
             problem = error
         else:
             return manager
     if problem:
         raise UserError(
-            f"{PREFIX}{options.task} could not be loaded: {problem}. The harness takes a task's data from where its "
-            "YAML says, most of them from the Hugging Face hub."
+            f"{PREFIX}{options.task} could not be loaded: {_brief(problem)}. The harness takes a task's data "
+            "from where its YAML says, most of them from the Hugging Face hub."
         ) from problem
     close = difflib.get_close_matches(options.task, manager.all_tasks, n=3)
     hint = f" Did you mean {' or '.join(close)}?" if close else ""
@@ -75,6 +77,12 @@ def load_tasks(options: HarnessOptions) -> Any:
         f"--task {PREFIX}{options.task}: lm-evaluation-harness has no such task.{hint} "
         "A folder of one's own: --lm_eval_include FOLDER."
     )
+
+
+def _brief(problem: Exception) -> str:
+    """The error in one line."""
+    text = " ".join(str(problem).split()) or type(problem).__name__
+    return text if len(text) <= LONGEST_PROBLEM else text[:LONGEST_PROBLEM] + "..."
 
 
 def evaluate_harness(
@@ -132,11 +140,17 @@ def evaluate_harness(
         n=sum(counts["effective"] for counts in first["n-samples"].values()),
         metrics=metrics,
         comparisons=dict(_comparisons(results, metrics)) if {"base", "tuned"} <= results.keys() else {},
-        headline=next(iter(next(iter(metrics.values()))), ""),
+        headline=_headline(first, options.task),
         notes=(f"The harness gives no standard error of {', '.join(unsure)}.",) if unsure else (),
         details={"n_samples": first["n-samples"], "groups": sorted(first.get("groups") or {})},
     )
     return report, list(_records(results))
+
+
+def _headline(result: Mapping[str, Any], task: str) -> str:
+    """The first metric of what was asked for: of a group, not of its first task."""
+    names = [(name, of) for name, of, *_ in _values(result)]
+    return next((name for name, of in names if of == task), names[0][0] if names else "")
 
 
 @contextmanager
@@ -169,8 +183,9 @@ def _metrics(result: Mapping[str, Any]) -> Iterator[tuple[str, Metric]]:
         if not math.isfinite(value):
             continue
         count = result["n-samples"].get(task, {}).get("effective") or result["results"][task].get("sample_len", 0)
-        up = result["higher_is_better"].get(task, {}).get(metric)
-        direction = {True: "higher", False: "lower"}.get(up, "neutral")
+        ups = [result["higher_is_better"].get(leaf, {}).get(metric) for leaf in (task, *_leaves(result, task))]
+        up = next((given for given in ups if given is not None), None)
+        direction = "neutral" if up is None else "higher" if up else "lower"
         yield name, Metric(value, float(error) if isinstance(error, Real) else 0.0, int(count), direction)  # type: ignore[arg-type]
 
 
@@ -181,19 +196,32 @@ def _without_error(result: Mapping[str, Any]) -> list[str]:
 def _comparisons(
     results: Mapping[str, Any], metrics: Mapping[str, Mapping[str, Metric]]
 ) -> Iterator[tuple[str, Comparison]]:
-    """Paired by question, of the metrics that have a number for each: not of perplexities, BLEU and groups."""
-    for name, task, metric, kept, _, _ in _values(results["base"]):
-        before, after = (_by_question(results[variant], task, metric, kept) for variant in ("base", "tuned"))
-        if not before or before.keys() != after.keys() or name not in metrics["base"]:
+    """Paired by question, of the metrics that are means of one number a question: not of perplexities and BLEU.
+
+    A group is the mean over its questions, or over its tasks; which of them is seen by its value.
+    """
+    for name, task, metric, kept, value, _ in _values(results["base"]):
+        if name not in metrics["base"] or name not in metrics["tuned"]:
             continue
-        change = np.array([after[question] - before[question] for question in before])
-        difference = mean_metric(change)
-        if not math.isclose(metrics["base"][name].value, float(np.mean(list(before.values()))), abs_tol=1e-9):
-            continue  # not a mean of the questions' values
-        if set(np.unique(change)) <= {-1.0, 0.0, 1.0}:
-            p_value = mcnemar(int((change < 0).sum()), int((change > 0).sum()))
+        pairs = [
+            (_by_question(results["base"], leaf, metric, kept), _by_question(results["tuned"], leaf, metric, kept))
+            for leaf in _leaves(results["base"], task)
+        ]
+        if not pairs or not all(before and before.keys() == after.keys() for before, after in pairs):
+            continue
+        changes = [np.array([after[question] - before[question] for question in before]) for before, after in pairs]
+        questions = [answer for before, _ in pairs for answer in before.values()]
+        means = [float(np.mean(list(before.values()))) for before, _ in pairs]
+        every = np.concatenate(changes)
+        if math.isclose(value, float(np.mean(questions)), abs_tol=1e-9):
+            difference = mean_metric(every)
+        elif math.isclose(value, float(np.mean(means)), abs_tol=1e-9):
+            difference = macro_metric([mean_metric(change) for change in changes])
         else:
-            p_value = normal_p(difference.value, difference.standard_error)
+            continue
+        p_value = normal_p(difference.value, difference.standard_error)
+        if set(np.unique(every)) <= {-1.0, 0.0, 1.0} and math.isclose(difference.value, float(every.mean())):
+            p_value = mcnemar(int((every < 0).sum()), int((every > 0).sum()))
         yield (
             name,
             compare(
@@ -204,6 +232,13 @@ def _comparisons(
                 metrics["base"][name].better,
             ),
         )
+
+
+def _leaves(result: Mapping[str, Any], task: str) -> list[str]:
+    """The tasks of a group, itself for a task."""
+    if task in (result.get("samples") or {}):
+        return [task]
+    return [leaf for child in result.get("group_subtasks", {}).get(task, []) for leaf in _leaves(result, child)]
 
 
 def _by_question(result: Mapping[str, Any], task: str, metric: str, kept: str) -> dict[int, float]:

@@ -57,11 +57,12 @@ def read_outcome(folder: Path, name: str) -> Outcome:
 
 def _values(records: Sequence[Mapping[str, Any]], variant: str, headline: str) -> dict[str, float]:
     found = {}
+    metric = headline.split(" (")[0].rpartition(" ")[2]  # of a task of lm-evaluation-harness
     for record in records:
         given = record.get(variant, {})
-        value = next((given[key] for key in ("score", "correct", headline) if key in given), None)
+        value = next((given[key] for key in ("score", "correct", metric) if key in given), None)
         if isinstance(value, bool | int | float):
-            place = [record.get(key) for key in ("task", "subject", "source", "id")]
+            place = [record.get(key) for key in ("task", "filter", "subject", "source", "id")]
             found[json.dumps(place)] = float(value)
     return found
 
