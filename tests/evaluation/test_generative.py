@@ -113,6 +113,13 @@ def test_a_reasoning_that_never_ends_is_no_answer(data):
     result = evaluate_generated(load_generation_task("gsm8k"), Template(), data, {"base": says(["5"])}, options)
     assert result.report.metrics["base"]["accuracy"].value == 0
     assert result.report.n == 1
+    assert result.report.notes == ()
+
+    def cut(prompts):
+        return [Generation([ord("5")], False)]
+
+    report = evaluate_generated(load_generation_task("gsm8k"), Template(), data, {"base": cut}, options).report
+    assert report.notes[0].startswith("base: 1 of 1 answers were cut off while still thinking")
 
 
 def test_worked_examples_give_way_to_the_answer(data):

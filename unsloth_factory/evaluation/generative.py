@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -138,7 +138,8 @@ def _result(
     if {"base", "tuned"} <= answers.keys():
         comparisons[headline(task.scorer)] = _compared(task, records)
     asked = options.n_shot if task.shots_split else 0
-    notes = () if shown == asked else (f"{options.n_shot} worked examples were asked for, {shown} are shown.",)
+    notes = [] if shown == asked else [f"{options.n_shot} worked examples were asked for, {shown} are shown."]
+    notes += _unfinished(records, answers)
     report = EvalReport(
         task=f"{task.title} {options.split}",
         model=model,
@@ -157,9 +158,21 @@ def _result(
         metrics={variant: _metrics(task, records, variant) for variant in answers},
         comparisons=comparisons,
         headline=headline(task.scorer),
-        notes=notes,
+        notes=tuple(notes),
     )
     return GenerativeResult(report, records)
+
+
+def _unfinished(records: Sequence[dict[str, Any]], variants: Iterable[str]) -> Iterator[str]:
+    """How many answers never began, because the thinking was cut off."""
+    for variant in variants:
+        given = [record[variant] for record in records]
+        count = sum(not answer["stopped"] and not answer["answer"] for answer in given)
+        if count:
+            yield (
+                f"{variant}: {count} of {len(given)} answers were cut off while still thinking, and are wrong. "
+                "Give a larger --max_new_tokens, a --thinking_budget, or --think_chain false."
+            )
 
 
 def _compared(task: GenerationTask, records: Sequence[dict[str, Any]]) -> Comparison:
