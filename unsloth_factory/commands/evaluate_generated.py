@@ -54,8 +54,12 @@ def run_generated(config: EvaluateConfig, task: GenerationTask, folder: Path) ->
         description = resolved.description(loaded)
         result = evaluate_generated(task, template, folder, answers.answerers(progress), options, model=description)
     answers.print_found(console)
+    return _finish(result, target, task.name, console)
+
+
+def _finish(result: GenerativeResult, folder: Path, name: str, console: Console) -> int:
     print_report(result.report, console)
-    for path in _save(result, target, task.name):
+    for path in _save(result, folder, name):
         console.print(f"saved {path}", highlight=False, markup=False, soft_wrap=True)
     return 0
 
