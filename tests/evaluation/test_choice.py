@@ -254,12 +254,17 @@ def test_continuations_keep_what_all_choices_share():
     assert continuations(encode, prompt, "", ["A", "B"]) == (prompt, [[ord("A")], [ord("B")]])
 
 
-def test_logits_scorer_sums_over_the_tokens_of_a_choice():
-    def last_logits(ids):
-        return np.log([0.1, 0.2, 0.7]) if ids[-1] == 9 else np.log([0.5, 0.25, 0.25]) + 3
+def test_logits_scorer_sums_over_the_tokens_of_a_choice_and_reads_each_at_once():
+    after = {9: np.log([0.1, 0.2, 0.7]), 2: np.log([0.5, 0.25, 0.25]) + 3}
+    calls = []
 
-    scores = logits_scorer(last_logits)([[4, 9]], [[[1], [2, 0]]])
-    np.testing.assert_allclose(scores, [[math.log(0.2), math.log(0.7 * 0.5)]])
+    def tail_logits(ids, last):
+        calls.append((ids, last))
+        return np.array([after[token] for token in ids[-last:]], dtype=np.float32)
+
+    scores = logits_scorer(tail_logits)([[4, 9]], [[[1], [2, 0], [2, 1]]])
+    np.testing.assert_allclose(scores, [[math.log(0.2), math.log(0.7 * 0.5), math.log(0.7 * 0.25)]], rtol=1e-6)
+    assert calls == [([4, 9], 1), ([4, 9, 2], 2)]
 
 
 @pytest.mark.parametrize(("encoding", "newline"), [("utf-8-sig", "\r\n"), ("gbk", "\n"), ("gb18030", "\r\n")])

@@ -111,3 +111,31 @@ def test_the_printed_table_fits_80_columns(capsys):
     assert table.index("BLEU-4") < table.index("exact match *")
     assert "in no answer: empty answers" in printed
     assert "likely cause: truncation: 4 of 40 answers. What to do: give more" in printed
+
+
+def test_many_files_are_rows_and_nothing_is_cut_off():
+    console = Console(width=80, record=True, force_terminal=False)
+    metrics = {"macro accuracy": Metric(0.25, 0.012, 40), "micro accuracy": Metric(0.75, 0.012, 40)}
+    metrics |= {group: Metric(0.5, 0.02, 9) for group in ("STEM", "Humanities", "Social Science", "Other", "hard")}
+    names = ("f16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "iq2_xxs")
+    agreed = {"q8_0": {"with": "f16", "n": 40, "same_choice": 30, "mean_difference": 0.1, "largest_difference": 1.0}}
+    found = EvalReport(
+        task="C-Eval val",
+        model={"gguf": {"q8_0": {"path": "/x/m-q8_0.gguf", "bytes": 2**20, "sha256": "ab"}}},
+        settings={"n_shot": 5},
+        n=40,
+        metrics=dict.fromkeys(names, metrics),
+        headline="macro accuracy",
+        details={"agreement": agreed},
+    )
+    print_report(found, console)
+    out = console.export_text()
+    assert "…" not in out
+    assert "iq2_xxs" in out
+    assert out.count("0.250±0.012") == 6
+    assert "q8_0 chooses as f16 in 30 of 40 questions (75.00%)" in out
+    page = markdown_page(found)
+    assert page.startswith("# C-Eval val\n")
+    assert "| q8_0 | /x/m-q8_0.gguf | 1.0 | ab |" in page
+    assert "q8_0 chooses as f16" in page
+    assert "gguf {" not in page

@@ -6,6 +6,7 @@ import re
 import shlex
 from pathlib import Path
 
+from unsloth_factory.commands.picked import read_pick, require_judged
 from unsloth_factory.commands.source import gguf_template, resolve_source
 from unsloth_factory.config.commands import DeployConfig
 from unsloth_factory.config.errors import UsageError, UserError
@@ -29,6 +30,8 @@ def run(config: DeployConfig) -> int:
     gguf = _gguf(config, folder)
     read_header(gguf)
     digest = verify_file(gguf)
+    if not config.gguf and folder:
+        require_judged(folder, digest)
     name = check_name(config.name or _name(folder.path if folder else gguf))
     model = _describe(config, folder, gguf)
     modelfile = folder.modelfile if folder else gguf.parent / "Modelfile"
@@ -69,12 +72,16 @@ def _create(
 
 
 def _gguf(config: DeployConfig, folder: RunFolder | None) -> Path:
-    """The file asked for, else the run's smallest quantised one."""
+    """The file asked for, else the one that the quality gate picked, else the run's smallest."""
     if config.gguf:
         return Path(config.gguf)
     if folder is None:
         raise UsageError("Which file? Give --run FOLDER of a training, or --gguf FILE.")
     folder.read()
+    picked = read_pick(folder)
+    if picked:
+        say(f"{picked.path}: picked by the quality gate ({picked.what})")
+        return picked.path
     found = sorted(folder.gguf.glob("*.gguf"), key=lambda path: path.stat().st_size)
     if not found:
         raise UserError(f"{folder.gguf} has no GGUF file. Make one first: uf gguf --run {folder.path}")

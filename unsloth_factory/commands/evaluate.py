@@ -10,6 +10,7 @@ from rich.console import Console
 
 from unsloth_factory.commands.evaluate_free import run_free
 from unsloth_factory.commands.evaluate_generated import run_generated
+from unsloth_factory.commands.evaluate_gguf import score_files
 from unsloth_factory.commands.evaluate_harness import run_harness
 from unsloth_factory.commands.evaluate_many import run_models, run_tasks
 from unsloth_factory.commands.identity import model_identity
@@ -22,6 +23,7 @@ from unsloth_factory.evaluation.choice import ChoiceOptions, ChoiceResult, evalu
 from unsloth_factory.evaluation.generation_task import load_generation_task
 from unsloth_factory.evaluation.kept_scores import KeptScores
 from unsloth_factory.evaluation.lm_harness import PREFIX
+from unsloth_factory.evaluation.pages import markdown_page
 from unsloth_factory.evaluation.prompts import PromptMaker
 from unsloth_factory.evaluation.tables import print_report
 from unsloth_factory.run.atomic import write_json, write_text
@@ -56,6 +58,9 @@ def run(config: EvaluateConfig) -> int:
         result, target = run_free(config, benchmark, folder, console)
         return _show(result, target, f"{benchmark.name}_generated", console)
     split = config.split or benchmark.default_split
+    if config.gguf:
+        result, target = score_files(config, benchmark, folder, split, console)
+        return _show(result, target, f"{benchmark.name}_gguf", console)
     # Before the weights are loaded: a misspelt subject must not cost a minute.
     select_subjects(benchmark, folder, split, config.subjects)
     resolved = resolve_source(config.source, config.model, quantization_bit=config.quantization_bit)
@@ -99,9 +104,10 @@ def _show(result: ChoiceResult, target: Path, name: str, console: Console) -> in
 
 
 def save(result: ChoiceResult, folder: Path, name: str) -> list[Path]:
-    """Write NAME.json, NAME_samples.jsonl and, for a split without answers, NAME_submission[_VARIANT].json."""
+    """Write NAME.json, .md, NAME_samples.jsonl and, for a split without answers, NAME_submission[_VARIANT].json."""
     paths = [
         write_json(folder / f"{name}.json", result.report.to_dict()),
+        write_text(folder / f"{name}.md", markdown_page(result.report)),
         write_text(folder / f"{name}_samples.jsonl", "".join(map(_line, result.records))),
     ]
     for variant, letters in result.submissions.items():

@@ -9,12 +9,14 @@ from pathlib import Path
 from rich.console import Console
 
 from unsloth_factory.commands.answering import ModelAnswers, check_limits
+from unsloth_factory.commands.evaluate_gguf import answer_with_files
 from unsloth_factory.commands.progress import counting
 from unsloth_factory.commands.source import load_source, resolve_source
 from unsloth_factory.config.commands import EvaluateConfig
 from unsloth_factory.config.errors import UsageError
 from unsloth_factory.evaluation.generation_task import GenerationTask, check_split, read_problems
 from unsloth_factory.evaluation.generative import GenerativeOptions, GenerativeResult, evaluate_generated
+from unsloth_factory.evaluation.pages import markdown_page
 from unsloth_factory.evaluation.tables import print_report
 from unsloth_factory.run.atomic import write_json, write_text
 
@@ -26,6 +28,9 @@ def run_generated(config: EvaluateConfig, task: GenerationTask, folder: Path) ->
     lang: str = config.lang or next(iter(task.prompts))
     _refuse(config, task, lang)
     split = config.split or task.scored_splits[0]
+    if config.gguf:
+        result, target = answer_with_files(config, task, folder, split, console)
+        return _finish(result, target, f"{task.name}_gguf", console)
     # Before the weights are loaded: a missing file must not cost a minute.
     check_split(task, split, config.shots)
     read_problems(task, folder, split)
@@ -80,5 +85,6 @@ def _save(result: GenerativeResult, folder: Path, name: str) -> list[Path]:
     lines = [json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n" for record in result.records]
     return [
         write_json(folder / f"{name}.json", result.report.to_dict()),
+        write_text(folder / f"{name}.md", markdown_page(result.report)),
         write_text(folder / f"{name}_samples.jsonl", "".join(lines)),
     ]

@@ -53,7 +53,9 @@ def require_plan_space(root: Path, stages: Sequence[PlannedStage]) -> None:
         elif stage.command in ("gguf", "quantize"):
             kinds = getattr(stage.config, "types", None)
             outtype = getattr(stage.config, "outtype", "f16")
-            needed += quantized_bytes(weights, parse_types(kinds)) if kinds else gguf_bytes(weights, outtype)
+            imatrix = getattr(stage.config, "imatrix", False)
+            wanted = parse_types(kinds, imatrix=imatrix) if kinds else []
+            needed += quantized_bytes(weights, wanted) if kinds else gguf_bytes(weights, outtype)
             there.update(files_below([run.gguf]))
     missing = needed - sum(path.stat().st_size for path in there)
     if missing > 0:

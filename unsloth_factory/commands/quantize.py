@@ -4,8 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from rich.console import Console
+
+from unsloth_factory.commands.quality import HeldOut, measure_and_judge, read_held_out
+from unsloth_factory.commands.source import resolve_source
+from unsloth_factory.commands.training_matrix import training_matrix
 from unsloth_factory.config.commands import QuantizeConfig
 from unsloth_factory.config.errors import UsageError, UserError
+from unsloth_factory.config.settings import DataSettings, ModelSettings
 from unsloth_factory.export.progress import say, summary_line
 from unsloth_factory.export.quantize import parse_types, quantize
 from unsloth_factory.run.folder import RunFolder
@@ -13,12 +19,31 @@ from unsloth_factory.run.folder import RunFolder
 
 def run(config: QuantizeConfig) -> int:
     """Write one file per type."""
-    types = parse_types(config.types)
+    types = parse_types(config.types, imatrix=config.imatrix)
     source = _source(config)
     folder = Path(config.output) if config.output else source.parent
-    for result in quantize(source, folder, types):
+    # Read before hours of quantising: a gate without held-out answers must not fail after them.
+    held_out = _held_out(config) if config.quality.gate is not None else None
+    matrix = training_matrix(config.source.run, source) if config.imatrix else None
+    results = quantize(source, folder, types, imatrix=matrix)
+    for result in results:
         say(summary_line(result))
-    return 0
+    if held_out is None:
+        return 0
+    target = held_out.resolved.results("quality_results", None)
+    return measure_and_judge(
+        [source, *(result.path for result in results)], held_out, config.quality, target, Console()
+    )
+
+
+def _held_out(config: QuantizeConfig) -> HeldOut:
+    """What the gate measures on."""
+    if config.source.run is None:
+        raise UsageError(
+            f"--gate {config.quality.gate:g} needs --run of a training that held samples out; for other files: "
+            "uf quality --gguf FILES --model FOLDER --dataset FILE --gate LIMIT."
+        )
+    return read_held_out(resolve_source(config.source, ModelSettings()), DataSettings())
 
 
 def _source(config: QuantizeConfig) -> Path:

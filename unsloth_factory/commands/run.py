@@ -34,7 +34,8 @@ OUTPUTS = {
     "evaluate": ("evaluation_results",),
     "merge": ("merged_model",),
     "gguf": ("gguf",),
-    "quantize": ("gguf",),
+    "quantize": ("gguf", "quality_results"),
+    "quality": ("quality_results",),
     "deploy": ("Modelfile",),
 }
 READS = {
@@ -45,7 +46,8 @@ READS = {
     "merge": TRAINING,
     "gguf": ("merge",),
     "quantize": ("gguf",),
-    "deploy": ("gguf", "quantize"),
+    "quality": (*TRAINING, "gguf", "quantize"),
+    "deploy": ("gguf", "quantize", "quality"),
 }
 
 
@@ -209,7 +211,7 @@ def _expand(value: Any, plan_dir: str) -> Any:
 
 
 def _reads(stage: Stage) -> tuple[str, ...]:
-    if stage.command == "validate" and getattr(stage.config, "gguf", None):
+    if stage.command in ("validate", "evaluate") and getattr(stage.config, "gguf", None):
         return ("gguf", "quantize")
     return READS[stage.command]
 

@@ -53,6 +53,8 @@ def collect(folder: RunFolder) -> dict[str, Any]:
         else:
             quantized[kind] = {"accuracy": scores.get(kind), "bytes": path.stat().st_size}
     summary["quantized"] = quantized
+    if folder.picked_file.is_file():
+        summary["picked"] = _json(folder.picked_file)["file"]
     summary["merge_max_abs_logit_diff"] = merge.get("max_abs_logit_diff")
     summary["token_parity"] = parity.get("token_parity")
     benchmarks = [path for path in folder.evaluation_results.glob("*.json") if "submission" not in path.name]
@@ -83,6 +85,8 @@ def print_summary(summary: dict[str, Any], root: Path) -> None:
             size = summary.get(f"{name}_bytes")
             table.add_row(label, f"{summary[f'{name}_accuracy']:.1%}", f"{size / 2**20:.1f} MiB" if size else "")
     for kind, entry in summary["quantized"].items():
+        picked = str(summary.get("picked")).endswith(f"-{kind}.gguf")
+        kind = f"{kind} (picked by the gate)" if picked else kind
         score = "" if entry["accuracy"] is None else f"{entry['accuracy']:.1%}"
         table.add_row(f"GGUF {kind}", score, f"{entry['bytes'] / 2**20:.1f} MiB")
     if table.row_count:

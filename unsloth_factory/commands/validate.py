@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
+from unsloth_factory.commands.gguf_files import gguf_paths, gguf_variants, shortest_context
 from unsloth_factory.commands.progress import counting
 from unsloth_factory.commands.source import (
     ResolvedModel,
@@ -20,7 +21,7 @@ from unsloth_factory.commands.source import (
     system_prompt,
 )
 from unsloth_factory.config.commands import ValidateConfig
-from unsloth_factory.config.errors import UsageError, UserError
+from unsloth_factory.config.errors import UsageError
 from unsloth_factory.data.load import load_conversations
 from unsloth_factory.data.split import read_validation_split
 from unsloth_factory.data.template import ChatTemplate
@@ -98,34 +99,22 @@ def _questions(
 
 
 def _files(config: ValidateConfig, resolved: ResolvedModel, questions_of: Any, console: Console) -> ValidationResult:
-    """Each GGUF file is a variant, named by its type (the end of its name)."""
+    """Each GGUF file is a variant, named by its type."""
     template = gguf_template(resolved)
-    paths = _gguf_paths(str(config.gguf), resolved)
+    variants = gguf_variants(gguf_paths(str(config.gguf), resolved))
+    paths = list(variants.values())
     headers = [read_header(path) for path in paths]
     for path in paths:
         verify_file(path)
-    contexts = [h.metadata.get(f"{h.metadata.get('general.architecture')}.context_length") for h in headers]
     check = partial(require_same_tokenizer, template=template, resolved=resolved)
     with counting(console, "answers") as progress:
         return validate(
-            {path.stem.rsplit("-", 1)[-1]: gguf_answerer(path, check) for path in paths},
+            {variant: gguf_answerer(path, check) for variant, path in variants.items()},
             questions_of(template),
-            max_positions=min(int(context) if context else 2**31 for context in contexts),
+            max_positions=shortest_context(headers),
             model={"model": resolved.settings.model, "files": [str(path) for path in paths], "engine": "llama.cpp"},
             on_progress=progress,
         )
-
-
-def _gguf_paths(wanted: str, resolved: ResolvedModel) -> list[Path]:
-    if wanted != "all":
-        return [Path(part.strip()).expanduser() for part in wanted.split(",") if part.strip()]
-    if resolved.folder is None:
-        raise UsageError("--gguf all takes the files of a run folder. Give --run FOLDER, or the files by name.")
-    # The largest first: 16 bit, then ever smaller.
-    found = sorted(resolved.folder.gguf.glob("*.gguf"), key=lambda path: -path.stat().st_size)
-    if not found:
-        raise UserError(f"{resolved.folder.gguf} has no GGUF file. Make one: uf gguf --run {resolved.folder.path}")
-    return found
 
 
 def _samples(config: ValidateConfig, resolved: ResolvedModel, pack: DomainPack | None) -> list[Sample]:

@@ -9,6 +9,7 @@ from unsloth_factory.config.settings import (
     BaseWeights,
     DataSettings,
     FinishedRun,
+    GateSettings,
     GenerationSettings,
     GuardSettings,
     LoopSettings,
@@ -83,6 +84,8 @@ class EvaluateConfig:
     """A benchmark, by log-probabilities of the choices or by generated answers; base and tuned from one load."""
 
     source: FinishedRun = field(default_factory=FinishedRun)
+    gguf: str | None = None
+    """Score these GGUF files through llama.cpp instead, by commas; all takes every one of the run folder."""
     model: ModelSettings = field(default_factory=ModelSettings)
     models: Names | None = None
     """Models, or run folders, to choose from: each is scored, and set against its size, memory and speed."""
@@ -194,6 +197,24 @@ class QuantizeConfig:
     """Types by commas: q4_0, q4_k_m, q5_k_m, q6_k, q8_0, or another that the library offers."""
     output: str | None = None
     """Folder of the quantised files. Default: beside the GGUF file."""
+    imatrix: bool = False
+    """Round so that the weights which the training text uses most keep most: an importance matrix. Needs llama-imatrix
+    and llama-quantize on the PATH; allows types below 3 bits (iq2_m, iq2_xxs, ...)."""
+    quality: GateSettings = field(default_factory=GateSettings)
+
+
+@dataclass(frozen=True, kw_only=True)
+class QualityConfig:
+    """What quantising costs: perplexity and KL divergence of each GGUF file against the 16-bit one, and the gate."""
+
+    source: FinishedRun = field(default_factory=FinishedRun)
+    gguf: str = "all"
+    """GGUF files by commas, one of them in 16 bits; all takes every one of the run folder."""
+    quality: GateSettings = field(default_factory=GateSettings)
+    model: ModelSettings = field(default_factory=ModelSettings)
+    data: DataSettings = field(default_factory=DataSettings)
+    save_dir: str | None = None
+    """Folder of the results. Default: quality_results in the run folder."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,7 +223,7 @@ class DeployConfig:
 
     source: FinishedRun = field(default_factory=FinishedRun)
     gguf: str | None = None
-    """GGUF file to serve. Default: the smallest quantised file in the run folder."""
+    """GGUF file to serve. Default: the one that the quality gate picked, else the smallest in the run folder."""
     name: str | None = None
     """Name of the Ollama model. Default: from the run folder's name."""
     system: str | None = None

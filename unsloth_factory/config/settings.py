@@ -28,6 +28,7 @@ BestMetric = Literal[
 ANSWER_METRICS = ("exact_match", "term_coverage", "association_coverage")
 FEWEST_SCORED = 8
 """Generated answers from which a share is worth printing."""
+GateMeasure = Literal["kl", "perplexity", "accuracy"]
 Forgetting = Literal["warn", "stop", "replay", "off"]
 
 
@@ -335,3 +336,21 @@ class GenerationSettings:
         _require(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "at least 1")
         _require(0 <= self.temperature <= 2, "temperature", self.temperature, "from 0 to 2")
         _require(0 < self.top_p <= 1, "top_p", self.top_p, "above 0, at most 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GateSettings:
+    """What a quantised file may lose against the 16-bit one, on held-out answers."""
+
+    gate: float | None = None
+    """Largest allowed loss of a quantised file: the smallest that passes is what uf deploy takes; none passing is an
+    error. By default mean KL divergence from the 16-bit file in nats a token (0.02: perplexity rises by about 2 %)."""
+    gate_measure: GateMeasure = "kl"
+    """What --gate limits, by the upper end of its 95 % interval: kl = mean KL divergence; perplexity = its relative
+    rise; accuracy = drop of the share of answer tokens that are held likeliest."""
+    gate_tokens: int = 4096
+    """Held-out answer tokens that are measured."""
+
+    def __post_init__(self) -> None:
+        _require(self.gate is None or 0 < self.gate <= 10, "gate", self.gate, "above 0 and at most 10, such as 0.02")
+        _require(self.gate_tokens >= 1, "gate_tokens", self.gate_tokens, "at least 1")

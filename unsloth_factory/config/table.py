@@ -34,6 +34,7 @@ COMMANDS = {
     "merge": Command("write the adapter into 16-bit weights", settings.MergeConfig, "commands.merge:run"),
     "gguf": Command("convert to GGUF and check it", settings.GgufConfig, "commands.gguf:run"),
     "quantize": Command("quantise a GGUF file", settings.QuantizeConfig, "commands.quantize:run"),
+    "quality": Command("what quantising costs, and the gate", settings.QualityConfig, "commands.quality:run"),
     "deploy": Command("write the Modelfile, create the Ollama model", settings.DeployConfig, "commands.deploy:run"),
     "run": Command("all stages of a plan file", settings.RunPlanConfig, "commands.run:run"),
     "doctor": Command("what this machine has, and how to mend it", settings.DoctorConfig, "commands.doctor:run"),

@@ -27,6 +27,7 @@ from unsloth_factory.evaluation.kept_scores import KeptScores
 from unsloth_factory.evaluation.prompts import ChoicePrompt, PromptMaker, SubjectPrompts
 from unsloth_factory.evaluation.questions import Question, read_questions
 from unsloth_factory.evaluation.report import EvalReport
+from unsloth_factory.inference.distributions import log_softmax
 from unsloth_factory.inference.generate import Progress
 from unsloth_factory.inference.score import choice_logprobs
 from unsloth_factory.model.loaded import LoadedModel
@@ -95,29 +96,29 @@ def model_scorers(loaded: LoadedModel, variants: Sequence[str], batch_size: int)
     return {variant: base if variant == "base" else tuned for variant in variants}
 
 
-def logits_scorer(last_logits: Callable[[list[int]], np.ndarray]) -> Scorer:
-    """A scorer from whatever gives the logits [V] after a whole prompt (a GGUF file in llama.cpp)."""
+def logits_scorer(tail_logits: Callable[[list[int], int], np.ndarray]) -> Scorer:
+    """A scorer from what gives the logits [last, V] after each of the last tokens of a prompt (llama.cpp).
+
+    Prompts go in whole, one after the other, so that what they share at their start is computed once where the engine
+    keeps it. A choice of several tokens is read at once behind its prompt.
+    """
 
     def score(prompts: Sequence[list[int]], choices: Sequence[Sequence[list[int]]]) -> np.ndarray:
-        return np.array([_by_logits(last_logits, p, c) for p, c in zip(prompts, choices, strict=True)])
+        return np.array([_by_logits(tail_logits, p, c) for p, c in zip(prompts, choices, strict=True)])
 
     return score
 
 
 def _by_logits(
-    last_logits: Callable[[list[int]], np.ndarray], prompt: list[int], choices: Sequence[list[int]]
+    tail_logits: Callable[[list[int], int], np.ndarray], prompt: list[int], choices: Sequence[list[int]]
 ) -> list[float]:
     known: dict[tuple[int, ...], np.ndarray] = {}
     totals = []
     for choice in choices:
-        total = 0.0
-        for position, token in enumerate(choice):
-            before = tuple(choice[:position])
-            if before not in known:
-                logits = np.asarray(last_logits([*prompt, *before]), dtype=np.float64)
-                known[before] = logits - np.logaddexp.reduce(logits)
-            total += float(known[before][token])
-        totals.append(total)
+        before = tuple(choice[:-1])
+        if before not in known:
+            known[before] = log_softmax(tail_logits([*prompt, *before], len(choice)))
+        totals.append(float(known[before][np.arange(len(choice)), choice].sum()))
     return totals
 
 
@@ -129,6 +130,7 @@ def evaluate(
     *,
     model: dict[str, Any] | None = None,
     kept: Mapping[str, KeptScores] | None = None,
+    check: Callable[[Sequence[ChoicePrompt]], None] | None = None,
     on_progress: Progress | None = None,
 ) -> ChoiceResult:
     """Score a benchmark.
@@ -140,6 +142,7 @@ def evaluate(
         options: What is scored.
         model: Path, adapter, engine and so on, for the report.
         kept: variant -> scores of an earlier run that was stopped; finished subjects are added.
+        check: Called with the prompts of each subject before they are scored.
         on_progress: Called with (subjects done, all).
 
     Raises:
@@ -153,6 +156,8 @@ def evaluate(
     scored = []
     for done, (subject, shots, questions) in enumerate(material, start=1):
         prompts = maker.subject(subject, shots, questions, options.max_tokens)
+        if check:
+            check(prompts.prompts)
         scores = {
             variant: _scores(scorer, subject.name, prompts.prompts, (kept or {}).get(variant))
             for variant, scorer in scorers.items()

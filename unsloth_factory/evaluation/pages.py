@@ -1,4 +1,4 @@
-"""A validation as a page: one self-contained HTML file, and Markdown for a merge request."""
+"""A report as a page: a validation as one self-contained HTML file, any report as Markdown for a merge request."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from unsloth_factory.evaluation.agreement import agreement_lines
 from unsloth_factory.evaluation.report import EvalReport
 from unsloth_factory.evaluation.rows import plain_name, silent_faults, table_rows
 
@@ -38,12 +39,14 @@ def markdown_page(report: EvalReport) -> str:
 
 def _title(report: EvalReport) -> str:
     name = str(report.model.get("adapter") or report.model.get("model") or "")
-    return f"Validation of {name}" if name else "Validation"
+    task = report.task.capitalize() if report.task == "validation" else report.task
+    return f"{task} of {name}" if name else task
 
 
 def _settings(report: EvalReport) -> str:
     known = {**report.model, **report.settings}
-    parts = [f"{key.replace('_', ' ')} {value}" for key, value in known.items() if value not in (None, "", [], {})]
+    said = {key: value for key, value in known.items() if value not in (None, "", []) and not isinstance(value, dict)}
+    parts = [f"{key.replace('_', ' ')} {value}" for key, value in said.items()]
     return "; ".join(parts)
 
 
@@ -60,6 +63,12 @@ def _markdown(report: EvalReport) -> Iterator[str]:
     if silent:
         yield f"\nIn no answer: {', '.join(map(plain_name, silent))}."
     yield from (f"\nNote: {note}" for note in report.notes)
+    files = report.model.get("gguf", {})
+    if files:
+        yield "\n## Files\n"
+        rows = ([name, file["path"], f"{file['bytes'] / 2**20:.1f}", file["sha256"]] for name, file in files.items())
+        yield from markdown_table(["", "file", "MiB", "SHA-256"], rows)
+    yield from (f"\n{line}" for line in agreement_lines(report))
     for variant, scores in report.details.get("corpus", {}).items():
         yield f"\nCorpus, {variant}: BLEU-4 {scores['bleu']:.2f} (`{scores['bleu_signature']}`), "
         yield f"chrF {scores['chrf']:.2f} (`{scores['chrf_signature']}`)"

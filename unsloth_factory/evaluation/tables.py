@@ -10,11 +10,15 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from unsloth_factory.evaluation.agreement import agreement_lines
 from unsloth_factory.evaluation.report import Comparison, EvalReport, Metric
 from unsloth_factory.evaluation.rows import plain_name, silent_faults, table_rows
 
 MANY_SUBJECTS = 12
 """More subjects than this are only in the JSON file."""
+MANY_VARIANTS = 4
+"""More variants than this are rows, not columns."""
+SHOWN_METRICS = 4
 
 
 def print_report(report: EvalReport, console: Console) -> None:
@@ -28,9 +32,9 @@ def print_report(report: EvalReport, console: Console) -> None:
         console.print(delta_table(report) if validation else metrics_table(report))
         console.print(_conclusion(report), highlight=False, soft_wrap=True)
     subjects = report.details.get("subjects", {})
-    if 1 < len(subjects) <= MANY_SUBJECTS:
+    if 1 < len(subjects) <= MANY_SUBJECTS and len(report.metrics) <= MANY_VARIANTS:
         console.print(_subjects_table(subjects, list(report.metrics)))
-    for line in _letters(report):
+    for line in (*_letters(report), *agreement_lines(report)):
         console.print(line, highlight=False, soft_wrap=True)
     silent = silent_faults(report) if report.task == "validation" else []
     if silent:
@@ -69,6 +73,8 @@ def _with_error(value: str, error: str) -> str:
 def metrics_table(report: EvalReport) -> Table:
     """One row a metric: base, tuned, the difference and whether it is one. Fits 80 columns; JSON has every digit."""
     variants = list(report.metrics)
+    if len(variants) > MANY_VARIANTS:
+        return _variants_table(report)
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("metric")
     for variant in variants:
@@ -78,6 +84,19 @@ def metrics_table(report: EvalReport) -> Table:
         table.add_column("verdict")
     for row in _rows(report, variants):
         table.add_row(*row)
+    return table
+
+
+def _variants_table(report: EvalReport) -> Table:
+    """One row a variant (many GGUF files), with the first metrics; Markdown and JSON have all."""
+    first = next(iter(report.metrics.values()))
+    names = sorted(first, key=lambda name: name != report.headline)[:SHOWN_METRICS]
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("")
+    for name in names:
+        table.add_column(f"{name} *" if name == report.headline else name, justify="right")
+    for variant, metrics in report.metrics.items():
+        table.add_row(variant, *(_number(metrics.get(name)) for name in names))
     return table
 
 

@@ -28,10 +28,11 @@ from unsloth_factory.export.portable import model_card, write_companions
 from unsloth_factory.export.progress import byte_progress, say
 from unsloth_factory.export.result import ExportResult
 from unsloth_factory.export.space import merged_bytes, stored_weights
-from unsloth_factory.export.streamed import StreamedModel, kl_divergence
+from unsloth_factory.export.streamed import StreamedModel
 from unsloth_factory.export.sums import write_folder_sums
 from unsloth_factory.export.validation import validation_loss
 from unsloth_factory.export.weights import OutputTensor, WeightFolder, parse_size, plan_shards, write_shards
+from unsloth_factory.inference.distributions import kl_divergence
 from unsloth_factory.model.fingerprint import check_adapter_base, fingerprint, read_adapter_info
 from unsloth_factory.model.finite import is_finite, refuse_nonfinite
 from unsloth_factory.model.integrity import refuse_damaged

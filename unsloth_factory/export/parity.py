@@ -19,8 +19,9 @@ from unsloth_factory.config.errors import UserError
 from unsloth_factory.data.template import ChatTemplate
 from unsloth_factory.data.types import Turn
 from unsloth_factory.export.probes import probe_conversations, probe_texts
-from unsloth_factory.export.streamed import StreamedModel, kl_divergence
+from unsloth_factory.export.streamed import StreamedModel
 from unsloth_factory.export.weights import WeightFolder
+from unsloth_factory.inference.distributions import kl_divergence
 from unsloth_factory.inference.llama_cpp import LlamaCpp
 
 # KL divergence in nats that 99 % of the positions keep, by number format of the file; none exceeds ten times it.

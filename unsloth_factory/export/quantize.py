@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
@@ -35,14 +36,16 @@ MAIN_TYPES = {
     "q8_0": "Q8_0", "q6_k": "Q6_K", "q5_k_m": "Q5_K", "q5_k_s": "Q5_K", "q5_1": "Q5_1", "q5_0": "Q5_0",
     "q4_k_m": "Q4_K", "q4_k_s": "Q4_K", "q4_1": "Q4_1", "q4_0": "Q4_0", "iq4_nl": "IQ4_NL", "iq4_xs": "IQ4_XS",
     "q3_k_l": "Q3_K", "q3_k_m": "Q3_K", "q3_k_s": "Q3_K", "q2_k": "Q2_K", "iq3_s": "IQ3_S", "iq3_m": "IQ3_S",
-    "f16": "F16", "bf16": "BF16", "f32": "F32",
+    "f16": "F16", "bf16": "BF16", "f32": "F32", "iq1_m": "IQ1_M", "iq1_s": "IQ1_S", "iq2_m": "IQ2_S",
+    "iq2_s": "IQ2_XS", "iq2_xs": "IQ2_XS", "iq2_xxs": "IQ2_XXS", "iq3_xs": "IQ3_S", "iq3_xxs": "IQ3_XXS",
+    "q2_k_s": "Q2_K",
 }  # fmt: skip
 TIMEOUT = 4 * 3600.0
 FAILED = "failed to quantize:"
 
 
-def parse_types(text: str) -> list[str]:
-    """Type names of `--types q4_0,q4_k_m`.
+def parse_types(text: str, *, imatrix: bool = False) -> list[str]:
+    """Type names of `--types q4_0,q4_k_m`; with `imatrix` also those that need an importance matrix.
 
     Raises:
         UsageError: An unknown type (with the nearest name), or one that needs an importance matrix.
@@ -52,9 +55,11 @@ def parse_types(text: str) -> list[str]:
         raise UsageError("--types is empty. Give one or more by commas, such as q4_k_m,q8_0.")
     for name in names:
         if name in NEED_IMPORTANCE_MATRIX:
+            if imatrix:
+                continue
             raise UsageError(
-                f"--types {name}: below 3 bits llama.cpp needs an importance matrix, which is not made here. "
-                "Use q3_k_m or q2_k, or llama-quantize --imatrix by hand."
+                f"--types {name}: below 3 bits llama.cpp needs an importance matrix. Add --imatrix (with llama-imatrix "
+                "and llama-quantize on the PATH), or use q3_k_m or q2_k."
             )
         if name not in FILE_TYPES:
             near = get_close_matches(name, FILE_TYPES, n=1)
@@ -63,7 +68,19 @@ def parse_types(text: str) -> list[str]:
     return names
 
 
-def quantize(source: Path, folder: Path, types: Sequence[str], *, threads: int | None = None) -> list[ExportResult]:
+@dataclass(frozen=True)
+class _Worker:
+    """How llama.cpp is run."""
+
+    threads: int
+    lock: int
+    """Descriptor of the folder's lock."""
+    imatrix: Path | None
+
+
+def quantize(
+    source: Path, folder: Path, types: Sequence[str], *, threads: int | None = None, imatrix: Path | None = None
+) -> list[ExportResult]:
     """Write one file per type.
 
     Args:
@@ -71,6 +88,7 @@ def quantize(source: Path, folder: Path, types: Sequence[str], *, threads: int |
         folder: Where the files go; names are the source's with its type replaced.
         types: Checked names (`parse_types`).
         threads: CPU threads; default all.
+        imatrix: Importance matrix (`imatrix.make_imatrix`), which only the program llama-quantize takes.
 
     Returns:
         One result per type; figures: types (tensor type -> count), fallbacks (tensors stored in another type than asked
@@ -86,7 +104,8 @@ def quantize(source: Path, folder: Path, types: Sequence[str], *, threads: int |
     verify_file(source)
     workers = threads or os.cpu_count() or 1
     with exclusive(folder, "uf quantize") as lock:
-        return [_quantize_one(source, header, folder / quantized_name(source, n), n, (workers, lock)) for n in types]
+        worker = _Worker(workers, lock, imatrix)
+        return [_quantize_one(source, header, folder / quantized_name(source, n), n, worker) for n in types]
 
 
 def quantized_name(source: Path, type_name: str) -> str:
@@ -113,15 +132,14 @@ def _refuse_quantized(source: Path, header: GgufHeader) -> None:
         )
 
 
-def _quantize_one(source: Path, before: GgufHeader, target: Path, name: str, worker: tuple[int, int]) -> ExportResult:
-    """One file; `worker` = (threads, descriptor of the folder's lock)."""
+def _quantize_one(source: Path, before: GgufHeader, target: Path, name: str, worker: _Worker) -> ExportResult:
     started = time.monotonic()
     if target.resolve() == source.resolve():
         raise UserError(f"{target}: quantising to {name} would overwrite the source. Give another --output folder.")
     temporary = own_partial(target)
     try:
         remove_leftovers(target)
-        _run_quantizer(source, temporary, name, *worker)
+        _run_quantizer(source, temporary, name, worker)
         after = read_header(temporary)
         if {t.name for t in after.tensors} != {t.name for t in before.tensors}:
             raise UserError(f"{target}: llama.cpp wrote other tensors than the source has. Nothing was kept.")
@@ -138,6 +156,7 @@ def _quantize_one(source: Path, before: GgufHeader, target: Path, name: str, wor
         "types": after.type_counts(),
         "fallbacks": fallbacks,
         "bits_per_weight": 8 * size / weights,
+        "imatrix": str(worker.imatrix) if worker.imatrix else None,
     }
     types = ", ".join(f"{n} x {kind}" for kind, n in figures["types"].items())
     say(f"{name}: {figures['bits_per_weight']:.2f} bits a weight; tensors {types}")
@@ -164,26 +183,27 @@ def find_fallbacks(header: GgufHeader, name: str) -> dict[str, str]:
     }
 
 
-def _run_quantizer(source: Path, temporary: Path, name: str, threads: int, lock: int) -> None:
-    """Cyllama in a child process, else `llama-quantize` when it is on the path."""
-    if find_spec("cyllama") is None:
-        _run_program(source, temporary, name, threads, lock)
+def _run_quantizer(source: Path, temporary: Path, name: str, worker: _Worker) -> None:
+    """Cyllama in a child process; `llama-quantize` with an importance matrix, or when that is all there is."""
+    if worker.imatrix or find_spec("cyllama") is None:
+        _run_program(source, temporary, name, worker)
         return
     memory = memory_limit(source.stat().st_size)
     module = "unsloth_factory.export.quantize_child"
-    with ChildProcess(module, f"quantising to {name}", memory=memory, inherited=(lock,)) as child:
+    with ChildProcess(module, f"quantising to {name}", memory=memory, inherited=(worker.lock,)) as child:
         request = {"op": "quantize", "source": str(source.resolve()), "target": str(temporary.resolve())}
         try:
-            child.call(request | {"ftype": FILE_TYPES[name], "threads": threads}, timeout=TIMEOUT)
+            child.call(request | {"ftype": FILE_TYPES[name], "threads": worker.threads}, timeout=TIMEOUT)
         except UserError as error:
             raise _explained(error, name, child.log_tail(40)) from None
 
 
-def _run_program(source: Path, temporary: Path, name: str, threads: int, lock: int) -> None:
+def _run_program(source: Path, temporary: Path, name: str, worker: _Worker) -> None:
     program = shutil.which("llama-quantize")
     if program is None:
         raise UserError(f"quantising needs cyllama or llama-quantize, and neither is installed. {INSTALL_HINT}")
-    command = [program, str(source.resolve()), str(temporary.resolve()), name.upper(), str(threads)]
+    weights = ["--imatrix", str(worker.imatrix.resolve())] if worker.imatrix else []
+    command = [program, *weights, str(source.resolve()), str(temporary.resolve()), name.upper(), str(worker.threads)]
     try:
         done = subprocess.run(
             command,
@@ -192,7 +212,7 @@ def _run_program(source: Path, temporary: Path, name: str, threads: int, lock: i
             errors="replace",
             env=child_environment(),
             timeout=TIMEOUT,
-            pass_fds=(lock,),
+            pass_fds=(worker.lock,),
         )
     except subprocess.TimeoutExpired:
         raise UserError(f"{program}: not done after {TIMEOUT / 3600:.0f} hours, stopped.") from None

@@ -14,6 +14,8 @@ BITS_PER_WEIGHT = {
     "f32": 32.0, "f16": 16.0, "bf16": 16.0, "q8_0": 8.5, "q6_k": 6.6, "q5_k_m": 5.7, "q5_k_s": 5.6, "q5_1": 6.0,
     "q5_0": 5.6, "q4_k_m": 4.9, "q4_k_s": 4.7, "q4_1": 5.1, "q4_0": 4.7, "iq4_nl": 4.7, "iq4_xs": 4.4, "q3_k_l": 4.3,
     "q3_k_m": 4.0, "q3_k_s": 3.7, "iq3_m": 3.8, "iq3_s": 3.6, "q2_k": 3.4,
+    "q2_k_s": 3.2, "iq3_xs": 3.5, "iq3_xxs": 3.3, "iq2_m": 3.0, "iq2_s": 2.8, "iq2_xs": 2.6, "iq2_xxs": 2.4,
+    "iq1_m": 2.2, "iq1_s": 2.1,
 }  # fmt: skip
 VOCABULARY_BYTES = 2**26  # metadata, chat template and a vocabulary of 150 thousand tokens
 

@@ -10,8 +10,9 @@ from unsloth_factory.config.errors import UserError
 from unsloth_factory.data.split import read_validation_split
 from unsloth_factory.data.template import ChatTemplate
 from unsloth_factory.data.types import TokenSample
-from unsloth_factory.export.streamed import StreamedModel, log_softmax
+from unsloth_factory.export.streamed import StreamedModel
 from unsloth_factory.export.weights import WeightFolder
+from unsloth_factory.inference.distributions import log_softmax
 
 TOKEN_BUDGET = 4096  # an 8B model on two CPU cores needs about ten minutes for these
 

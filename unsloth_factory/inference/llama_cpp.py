@@ -163,8 +163,18 @@ class LlamaCpp:
 
     def last_logits(self, ids: Sequence[int]) -> np.ndarray:
         """Logits after the last token, float32 [V]."""
-        _, raw = self._ask("last_logits", ids=self._checked(ids))
-        return np.frombuffer(raw, dtype=np.float32)
+        return self.tail_logits(ids)[0]
+
+    def tail_logits(self, ids: Sequence[int], last: int = 1) -> np.ndarray:
+        """Logits after each of the last `last` tokens, float32 [last, V]; the start shared with the last call is kept.
+
+        Raises:
+            UserError: `ids` is empty or longer than the model's context; the child failed.
+        """
+        checked = self._checked(ids)
+        assert 0 < last <= len(checked)
+        reply, raw = self._ask("tail_logits", ids=checked, last=last)
+        return np.frombuffer(raw, dtype=np.float32).reshape(reply["shape"])
 
     def tokenize(self, text: str, parse_special: bool = True) -> list[int]:
         """Token ids of a text, without BOS; `parse_special` reads control tokens written in it as such."""

@@ -68,44 +68,48 @@ class Decoder:
             keep = 0
         self.cached = self.cached[:keep]
 
-    def _feed(self, ids: list[int], *, all_logits: bool = False) -> list[np.ndarray]:
-        """Decode `ids` after the cached tokens; rows [V] of every position, or none (the last is in the context)."""
-        rows = []
+    def _feed(self, ids: list[int], rows: int = 0) -> list[np.ndarray]:
+        """Decode `ids` after the cached tokens; logits [V] after each of the last `rows` of them, copied.
+
+        The logits after the very last token stay in the context too.
+        """
+        found = []
+        first = len(ids) - max(rows, 1)
         for start in range(0, len(ids), CHUNK):
             piece = ids[start : start + CHUNK]
             self.batch.clear()
             for i, token in enumerate(piece):
-                wanted = all_logits or start + i == len(ids) - 1
-                self.batch.add(token, len(self.cached) + i, [0], wanted)
+                self.batch.add(token, len(self.cached) + i, [0], start + i >= first)
             self.context.decode(self.batch)
             self.cached += piece
-            if all_logits:
-                rows += [np.array(self.context.get_logits_ith(i), dtype=np.float32) for i in range(len(piece))]
-        return rows
+            if rows:
+                wanted = range(max(0, first - start), len(piece))
+                found += [np.array(self.context.get_logits_ith(i), dtype=np.float32) for i in wanted]
+        return found
 
-    def _feed_prompt(self, ids: list[int]) -> None:
-        """Decode a whole prompt, but for the longest prefix that the cache already holds (same system prompt)."""
+    def _feed_prompt(self, ids: list[int], rows: int = 1) -> list[np.ndarray]:
+        """Decode a whole prompt, but for the longest prefix that the cache already holds (same system prompt).
+
+        Gives the logits after each of its last `rows` tokens, which are decoded in any case.
+        """
         same = 0
-        for ours, theirs in zip(self.cached, ids[:-1], strict=False):
+        for ours, theirs in zip(self.cached, ids[: len(ids) - rows], strict=False):
             if ours != theirs:
                 break
             same += 1
         self._forget(same)
-        self._feed(ids[same:])
+        return self._feed(ids[same:], rows)
 
     def logits(self, request: dict, _: Callable) -> tuple[dict, bytes]:
         """Logits of every position, float32 [T, V], from an empty cache."""
         self._require_context(len(request["ids"]))
         self._forget(0)
-        rows = self._feed(request["ids"], all_logits=True)
-        return {"shape": [len(rows), len(rows[0])]}, b"".join(row.tobytes() for row in rows)
+        return _array(self._feed(request["ids"], len(request["ids"])))
 
-    def last_logits(self, request: dict, _: Callable) -> tuple[dict, bytes]:
-        """Logits after the last token, float32 [V]; the prompt goes in as one batch."""
+    def tail_logits(self, request: dict, _: Callable) -> tuple[dict, bytes]:
+        """Logits after each of the last tokens, float32 [last, V]; the prompt goes in as one batch."""
         self._require_context(len(request["ids"]))
-        self._feed_prompt(request["ids"])
-        row = np.array(self.context.get_logits_ith(-1), dtype=np.float32)
-        return {"shape": [len(row)]}, row.tobytes()
+        return _array(self._feed_prompt(request["ids"], request["last"]))
 
     def _sampler(self, request: dict) -> Any:
         sampler = self.cy.LlamaSampler(self.cy.LlamaSamplerChainParams())
@@ -144,6 +148,10 @@ class Decoder:
     def warm(self, request: dict, _: Callable) -> dict:
         """Whether the vocabulary puts a BOS token before every prompt."""
         return {"add_bos": bool(self.vocab.get_add_bos()), "bos": self.vocab.token_bos()}
+
+
+def _array(rows: list[np.ndarray]) -> tuple[dict, bytes]:
+    return {"shape": [len(rows), len(rows[0])]}, b"".join(row.tobytes() for row in rows)
 
 
 class Renderer:
@@ -186,7 +194,7 @@ class Renderer:
 def main() -> None:
     """Serve as the decoder, or as the renderer when the first request says so."""
     decoder, renderer = Decoder(), Renderer()
-    names = ("open", "logits", "last_logits", "generate", "tokenize", "warm")
+    names = ("open", "logits", "tail_logits", "generate", "tokenize", "warm")
     handlers = {name: getattr(decoder, name) for name in names}
     serve({**handlers, "open_renderer": renderer.open, "render": renderer.render})
 

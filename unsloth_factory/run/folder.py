@@ -63,6 +63,8 @@ class RunFolder:
     validation_split = property(lambda self: self.path / "validation_split.jsonl")
     validation_results = property(lambda self: self.path / "validation_results")
     evaluation_results = property(lambda self: self.path / "evaluation_results")
+    quality_results = property(lambda self: self.path / "quality_results")
+    picked_file = property(lambda self: self.path / "quality_results" / "picked.json")
     merged_model = property(lambda self: self.path / "merged_model")
     gguf = property(lambda self: self.path / "gguf")
     modelfile = property(lambda self: self.path / "Modelfile")
