@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
+from unsloth_factory.commands.judge import follow_up, kept_answers, wanted
 from unsloth_factory.commands.progress import counting
 from unsloth_factory.commands.source import (
     ResolvedModel,
@@ -43,12 +44,18 @@ from unsloth_factory.run.atomic import write_json, write_text
 
 
 def run(config: ValidateConfig) -> int:
-    """Answer, score, save and print."""
+    """Answer, score, save and print; what comes after the answers takes those that are there."""
     console = Console()
+    kept = kept_answers(config)
+    if not (wanted(config) and kept.there):
+        _answer(config, kept.folder, console)
+    return follow_up(config, kept, console)
+
+
+def _answer(config: ValidateConfig, folder: Path, console: Console) -> None:
     resolved = resolve_source(config.source, config.model, quantization_bit=config.quantization_bit)
     pack = domain_pack(resolved, config.data.domain)
     samples = _samples(config, resolved, pack)
-    folder = resolved.results("validation_results", config.save_dir)
     if config.gguf:
         result = _files(config, resolved, partial(_questions, config, resolved, samples, pack), console)
         names = ("gguf.json", "gguf_samples.jsonl")
@@ -75,7 +82,6 @@ def run(config: ValidateConfig) -> int:
     console.print(
         f"saved {folder / names[0]}, {names[1]}, {', '.join(pages)}", highlight=False, markup=False, soft_wrap=True
     )
-    return 0
 
 
 def _questions(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from unsloth_factory.config.judging import JudgeSettings
 from unsloth_factory.config.settings import (
     BaseWeights,
     DataSettings,
@@ -67,6 +68,7 @@ class ValidateConfig:
     model: ModelSettings = field(default_factory=ModelSettings)
     data: DataSettings = field(default_factory=DataSettings)
     generation: GenerationSettings = field(default_factory=GenerationSettings)
+    judging: JudgeSettings = field(default_factory=JudgeSettings)
     max_samples: int = 100
     """Validation samples to answer."""
     batch_size: int = 8

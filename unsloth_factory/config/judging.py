@@ -1,0 +1,40 @@
+"""Settings of what comes after the answers: a judge, people who review, and models behind an address."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from unsloth_factory.config.errors import UsageError
+
+
+def _require(condition: bool, flag: str, value: object, rule: str) -> None:
+    if not condition:
+        raise UsageError(f"--{flag} {value}: {rule}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class JudgeSettings:
+    """A model that judges the answers of the validation (those that are there already are not generated again)."""
+
+    judge: str | None = None
+    """Address of an OpenAI-compatible server (http://HOST:PORT/v1), or a model to load here: a folder, tiny, a hub id.
+    Its key, if it needs one, is in the environment variable of --judge_key_env."""
+    judge_model: str | None = None
+    """Name of the server's model. Default: its only one."""
+    judge_mode: Literal["both", "pointwise", "pairwise"] = "both"
+    """Scores from 1 to 5 for each answer, which of two answers is better (both orders), or both."""
+    judge_max_requests: int = 1000
+    """Most requests to the judge; more are refused before any is sent. Replies of earlier runs are kept and free."""
+    judge_concurrency: int = 4
+    """Requests under way at a time; of a loaded model, prompts a batch."""
+    judge_max_new_tokens: int = 512
+    """Longest reply of the judge, tokens; give more to a judge that thinks first."""
+    judge_key_env: str = "UF_API_KEY"
+    """Environment variable that holds the key of the judge's server."""
+
+    def __post_init__(self) -> None:
+        for flag in ("judge_max_requests", "judge_concurrency", "judge_max_new_tokens"):
+            _require(getattr(self, flag) >= 1, flag, getattr(self, flag), "at least 1")
+        # The value is not repeated: it may be a key, given where its variable's name belongs.
+        _require(self.judge_key_env.isidentifier(), "judge_key_env", "", "the name of an environment variable")
