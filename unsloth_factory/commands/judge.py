@@ -1,4 +1,4 @@
-"""`uf validate --judge`: a model judges the answers that the validation left."""
+"""What `uf validate` does with answers that are there: a model judges them, or people do."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from unsloth_factory.commands.progress import counting
+from unsloth_factory.commands.review import read_back, write_sheet
 from unsloth_factory.commands.source import ResolvedModel, load_source, resolve_source
 from unsloth_factory.config.commands import ValidateConfig
 from unsloth_factory.config.errors import UsageError
@@ -20,6 +21,7 @@ from unsloth_factory.evaluation.judge.cases import KeptAnswers
 from unsloth_factory.evaluation.judge.judges import EndpointJudge, LoadedJudge
 from unsloth_factory.evaluation.judge.judging import judge_answers
 from unsloth_factory.evaluation.judge.printing import print_judgement
+from unsloth_factory.evaluation.review import ReviewKey
 from unsloth_factory.inference.endpoint import Endpoint
 from unsloth_factory.run.atomic import write_json, write_text
 
@@ -27,24 +29,34 @@ from unsloth_factory.run.atomic import write_json, write_text
 def kept_answers(config: ValidateConfig) -> KeptAnswers:
     """Where the validation's answers lie or will lie."""
     if config.save_dir:
-        return KeptAnswers(Path(config.save_dir).expanduser(), bool(config.gguf))
-    resolved = resolve_source(config.source, config.model, quantization_bit=config.quantization_bit)
-    return KeptAnswers(resolved.results("validation_results", None), bool(config.gguf))
+        kept = KeptAnswers(Path(config.save_dir).expanduser(), bool(config.gguf))
+    else:
+        resolved = resolve_source(config.source, config.model, quantization_bit=config.quantization_bit)
+        kept = KeptAnswers(resolved.results("validation_results", None), bool(config.gguf))
+    if config.reviewing.ratings:
+        ReviewKey.read(kept.named("review_key.json"))  # before any answer is generated
+    return kept
 
 
 def wanted(config: ValidateConfig) -> bool:
     """Whether anything is to be done with answers that are there."""
-    return bool(config.judging.judge)
+    return bool(config.judging.judge or config.reviewing.review or config.reviewing.ratings)
 
 
 def follow_up(config: ValidateConfig, kept: KeptAnswers, console: Console) -> int:
     """What was asked for beyond the answers themselves."""
+    if wanted(config):
+        _say_which(kept, console)
     if config.judging.judge:
         _judge(config, kept, console)
+    if config.reviewing.review:
+        write_sheet(kept, config.reviewing.review_seed, config.max_samples, console)
+    if config.reviewing.ratings:
+        read_back(kept, config.reviewing.ratings, console)
     return 0
 
 
-def say_which(kept: KeptAnswers, console: Console) -> None:
+def _say_which(kept: KeptAnswers, console: Console) -> None:
     """Name the answers that are taken, so that older ones are not taken for new."""
     made = datetime.fromtimestamp(kept.samples.stat().st_mtime).strftime("%Y-%m-%d %H:%M")
     line = (
@@ -55,7 +67,6 @@ def say_which(kept: KeptAnswers, console: Console) -> None:
 
 def _judge(config: ValidateConfig, kept: KeptAnswers, console: Console) -> None:
     settings = config.judging
-    say_which(kept, console)
     cases = kept.cases(config.max_samples)
     judge = _judge_of(settings, config.model, console)
     with counting(console, "judge's replies") as progress:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from unsloth_factory.config.judging import JudgeSettings
+from unsloth_factory.config.judging import JudgeSettings, ReviewSettings
 from unsloth_factory.config.settings import (
     BaseWeights,
     DataSettings,
@@ -69,6 +69,7 @@ class ValidateConfig:
     data: DataSettings = field(default_factory=DataSettings)
     generation: GenerationSettings = field(default_factory=GenerationSettings)
     judging: JudgeSettings = field(default_factory=JudgeSettings)
+    reviewing: ReviewSettings = field(default_factory=ReviewSettings)
     max_samples: int = 100
     """Validation samples to answer."""
     batch_size: int = 8

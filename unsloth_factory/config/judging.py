@@ -38,3 +38,15 @@ class JudgeSettings:
             _require(getattr(self, flag) >= 1, flag, getattr(self, flag), "at least 1")
         # The value is not repeated: it may be a key, given where its variable's name belongs.
         _require(self.judge_key_env.isidentifier(), "judge_key_env", "", "the name of an environment variable")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReviewSettings:
+    """People who judge the answers of the validation, without knowing which is whose."""
+
+    review: bool = False
+    """Write review.html, a sheet for blind rating in any browser, and review_key.json, which un-blinds it."""
+    review_seed: int | None = None
+    """Order of the questions and answers. Default: by chance, and kept for the same answers."""
+    ratings: str | None = None
+    """Read ratings that a sheet saved back: a file, or several by commas."""
