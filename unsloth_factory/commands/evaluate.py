@@ -34,6 +34,11 @@ def run(config: EvaluateConfig) -> int:
             f"--max_samples and --max_new_tokens are for generated answers; {config.task} is scored without any. "
             "--subjects takes a part of it."
         )
+    if config.remote.endpoint:
+        raise UsageError(
+            f"--endpoint: {config.task} is scored by log-probabilities, which the chat interface of a server does not "
+            "give. Take a benchmark whose answers are generated (--task gsm8k), or load the model here (--model)."
+        )
     console = Console()
     benchmark = load_benchmark(config.task)
     benchmark.prompt(config.lang)

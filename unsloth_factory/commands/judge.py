@@ -8,9 +8,10 @@ from pathlib import Path
 
 from rich.console import Console
 
+from unsloth_factory.commands.endpoint import resolve_asked
 from unsloth_factory.commands.progress import counting
 from unsloth_factory.commands.review import read_back, write_sheet
-from unsloth_factory.commands.source import ResolvedModel, load_source, resolve_source
+from unsloth_factory.commands.source import ResolvedModel, load_source
 from unsloth_factory.config.commands import ValidateConfig
 from unsloth_factory.config.errors import UsageError
 from unsloth_factory.config.judging import JudgeSettings
@@ -28,11 +29,14 @@ from unsloth_factory.run.atomic import write_json, write_text
 
 def kept_answers(config: ValidateConfig) -> KeptAnswers:
     """Where the validation's answers lie or will lie."""
+    if config.gguf and config.remote.endpoint:
+        raise UsageError("--gguf and --endpoint: one of the two answers; give them one after the other.")
+    kind = "gguf" if config.gguf else "endpoint" if config.remote.endpoint else ""
     if config.save_dir:
-        kept = KeptAnswers(Path(config.save_dir).expanduser(), bool(config.gguf))
+        kept = KeptAnswers(Path(config.save_dir).expanduser(), kind)
     else:
-        resolved = resolve_source(config.source, config.model, quantization_bit=config.quantization_bit)
-        kept = KeptAnswers(resolved.results("validation_results", None), bool(config.gguf))
+        resolved = resolve_asked(config.source, config.model, config.remote, quantization_bit=config.quantization_bit)
+        kept = KeptAnswers(resolved.results("validation_results", None), kind)
     if config.reviewing.ratings:
         ReviewKey.read(kept.named("review_key.json"))  # before any answer is generated
     return kept

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from unsloth_factory.config.judging import JudgeSettings, ReviewSettings
+from unsloth_factory.config.judging import EndpointSettings, JudgeSettings, ReviewSettings
 from unsloth_factory.config.settings import (
     BaseWeights,
     DataSettings,
@@ -68,6 +68,7 @@ class ValidateConfig:
     model: ModelSettings = field(default_factory=ModelSettings)
     data: DataSettings = field(default_factory=DataSettings)
     generation: GenerationSettings = field(default_factory=GenerationSettings)
+    remote: EndpointSettings = field(default_factory=EndpointSettings)
     judging: JudgeSettings = field(default_factory=JudgeSettings)
     reviewing: ReviewSettings = field(default_factory=ReviewSettings)
     max_samples: int = 100
@@ -86,6 +87,7 @@ class EvaluateConfig:
 
     source: FinishedRun = field(default_factory=FinishedRun)
     model: ModelSettings = field(default_factory=ModelSettings)
+    remote: EndpointSettings = field(default_factory=EndpointSettings)
     task: str = "ceval"
     """Benchmark: ceval, cmmlu, mmlu, gsm8k, a YAML file, or a table with columns question, A, B, ..., answer."""
     task_dir: str | None = None

@@ -41,6 +41,24 @@ class JudgeSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EndpointSettings:
+    """A model under test that a server holds; nothing is loaded here."""
+
+    endpoint: str | None = None
+    """Address of an OpenAI-compatible server (http://HOST:PORT/v1) whose model answers; a --run only tells how."""
+    endpoint_model: str | None = None
+    """Name of the server's model. Default: its only one."""
+    endpoint_concurrency: int = 4
+    """Requests under way at a time."""
+    endpoint_key_env: str = "UF_API_KEY"
+    """Environment variable that holds the key of the server."""
+
+    def __post_init__(self) -> None:
+        _require(self.endpoint_concurrency >= 1, "endpoint_concurrency", self.endpoint_concurrency, "at least 1")
+        _require(self.endpoint_key_env.isidentifier(), "endpoint_key_env", "", "the name of an environment variable")
+
+
+@dataclass(frozen=True, kw_only=True)
 class ReviewSettings:
     """People who judge the answers of the validation, without knowing which is whose."""
 

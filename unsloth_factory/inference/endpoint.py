@@ -83,6 +83,7 @@ class Endpoint:
         self._key_variable, self._timeout, self._flag, self._sleep = key_variable, timeout, flag, sleep
         self._limit_name = "max_tokens"
         self._no_temperature = False
+        self._unknown: set[str] = set()
         self._answered = threading.Event()
         self.model = model or self._only_model()
 
@@ -112,22 +113,28 @@ class Endpoint:
         """
         started = time.monotonic()
         while True:
-            body: dict[str, Any] = {"model": self.model, "messages": [dict(m) for m in messages], **(extra or {})}
+            body: dict[str, Any] = {"model": self.model, "messages": [dict(m) for m in messages]}
+            body |= {name: value for name, value in (extra or {}).items() if name not in self._unknown}
             body[self._limit_name] = max_tokens
             optional = {"temperature": None if self._no_temperature else temperature, "top_p": top_p, "seed": seed}
             body |= {name: value for name, value in optional.items() if value is not None}
             try:
                 return _reply(self._post("/chat/completions", body), time.monotonic() - started)
             except RequestRefused as error:
-                if not self._adapted(str(error)):
+                if not self._adapted(str(error), extra or {}):
                     raise
 
-    def _adapted(self, reason: str) -> bool:
-        """Newer hosted models refuse max_tokens, and any temperature but their own: true if it is worth another try."""
+    def _adapted(self, reason: str, extra: Mapping[str, Any]) -> bool:
+        """Newer hosted models refuse max_tokens, any temperature but their own, and fields that they do not know.
+
+        True if it is worth another try.
+        """
         if "max_completion_tokens" in reason and self._limit_name == "max_tokens":
             self._limit_name = "max_completion_tokens"
         elif "temperature" in reason and not self._no_temperature:
             self._no_temperature = True
+        elif unknown := {name for name in extra if name in reason} - self._unknown:
+            self._unknown |= unknown
         else:
             return False
         return True

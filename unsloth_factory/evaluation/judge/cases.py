@@ -17,25 +17,25 @@ class KeptAnswers:
 
     Attributes:
         folder: Where they lie.
-        gguf: Those of the GGUF files instead of base and tuned.
+        kind: "" for those of base and tuned, "gguf" for those of GGUF files, "endpoint" for those of a server's model.
     """
 
     folder: Path
-    gguf: bool = False
+    kind: str = ""
 
     @property
     def report(self) -> Path:
         """The report's JSON."""
-        return self.folder / ("gguf.json" if self.gguf else "validation.json")
+        return self.folder / f"{self.kind or 'validation'}.json"
 
     @property
     def samples(self) -> Path:
         """One JSON object a question."""
-        return self.folder / ("gguf_samples.jsonl" if self.gguf else "samples.jsonl")
+        return self.named("samples.jsonl")
 
     def named(self, name: str) -> Path:
         """A file that belongs to these answers: "judge.json" -> "gguf_judge.json" for those of GGUF files."""
-        return self.folder / (f"gguf_{name}" if self.gguf else name)
+        return self.folder / (f"{self.kind}_{name}" if self.kind else name)
 
     @property
     def there(self) -> bool:
