@@ -285,6 +285,60 @@ def test_the_command_answers_first_where_nothing_is_there(random_model_dir, tmp_
     assert report["metrics"]["base"]["safety"]["value"] == 4.0
 
 
+def keep(folder, answers: dict[str, dict[str, str]]) -> str:
+    """A validation's files: question -> variant -> answer."""
+    variants = list(next(iter(answers.values())))
+    write_json(folder / "validation.json", {"metrics": {variant: {} for variant in variants}})
+    records = [
+        {"source": "d", "question": q, "reference": "r"} | {name: {"answer": text} for name, text in given.items()}
+        for q, given in answers.items()
+    ]
+    write_text(folder / "samples.jsonl", "".join(json.dumps(record) + "\n" for record in records))
+    return str(folder)
+
+
+def test_further_runs_are_compared_and_rated(tmp_path, capsys):
+    questions = [f"q{n}" for n in range(6)]
+    ours = keep(tmp_path / "ours", {q: {"base": "x", "tuned": "xx"} for q in questions})
+    second = tmp_path / "second" / "validation_results"
+    keep(second, {q: {"base": "x", "tuned": "xxxx"} for q in reversed(questions[1:])})
+    plain = keep(tmp_path / "plain", {q: {"base": "xxx"} for q in questions})
+    with serving(longer_wins) as server:
+
+        def judge(*others, **options):
+            settings = JudgeSettings(
+                judge=server.url, judge_mode="pairwise", judge_against=",".join(map(str, others)), **options
+            )
+            return command.run(ValidateConfig(save_dir=ours, judging=settings))
+
+        assert judge(tmp_path / "second", plain, judge_price="1000,2000") == 0
+        printed = " ".join(capsys.readouterr().out.split())
+        report = json.loads((tmp_path / "ours/judge.json").read_text(encoding="utf-8"))
+        for others, message in (
+            ([tmp_path / "nothing"], "no answers of a validation there"),
+            ([plain, plain], "a second model by the name of plain"),
+            ([keep(tmp_path / "foreign", {"other": {"base": "x"}})], "none of its questions is among ours"),
+        ):
+            with pytest.raises(UserError, match=message):
+                judge(*others)
+    assert report["n"] == 5
+    assert "1 of 6 questions were not answered by all" in printed
+    cost = float(re.search(r"a cost of about ([\d.]+)", printed)[1])
+    tokens = [
+        int(n.replace(",", "")) for n in re.search(r"about ([\d,]+) tokens in and ([\d,]+) out", printed).groups()
+    ]
+    assert cost == pytest.approx((1000 * tokens[0] + 2000 * tokens[1]) / 1e6, abs=0.006)
+    ratings = {name: rating["value"] for name, rating in report["details"]["ratings"].items()}
+    assert sorted(ratings, key=ratings.get) == ["base", "tuned", "plain", "second"]
+    assert printed.index("rating second") < printed.index("rating base")
+
+
+@pytest.mark.parametrize("price", ["1", "a,b", "1,-2", "1,2,3"])
+def test_prices_that_are_none(price):
+    with pytest.raises(UsageError, match="two numbers by a comma"):
+        JudgeSettings(judge_price=price)
+
+
 def test_damaged_answers_and_wrong_flags(kept):
     (kept / "samples.jsonl").write_text('{"question": 1}\n', encoding="utf-8")
     with pytest.raises(UserError, match=r"samples.jsonl: not the answers of a validation"):

@@ -149,7 +149,8 @@ def test_the_command_writes_the_sheet_and_reads_it_back(tmp_path, monkeypatch, c
     ]
     write_json(tmp_path / "validation.json", {"metrics": {"base": {}, "tuned": {}}})
     write_text(tmp_path / "samples.jsonl", "".join(json.dumps(record) + "\n" for record in records))
-    judged = [{"pairs": [{"first": "base", "second": "tuned", "winner": "tuned"}]} for _ in records]
+    verdict = {"pairs": [{"first": "base", "second": "tuned", "winner": "tuned"}]}
+    judged = [{"source": r["source"], "question": r["question"], **verdict} for r in reversed(records[10:])]
     write_text(tmp_path / "judge_samples.jsonl", "".join(json.dumps(record) + "\n" for record in judged))
 
     def run(**options) -> str:
@@ -166,8 +167,12 @@ def test_the_command_writes_the_sheet_and_reads_it_back(tmp_path, monkeypatch, c
     printed = run(ratings=str(path))
     assert "tuned against base: win rate 98.6%" in printed
     assert "4 questions are not rated yet" in printed
-    assert "the judge agrees on 100% of 36" in printed
-    assert json.loads((tmp_path / "review.json").read_text(encoding="utf-8"))["wins"] == 36
+    result = json.loads((tmp_path / "review.json").read_text(encoding="utf-8"))
+    assert result["wins"] == 36
+    both = sum(10 <= int(row) for row in result["verdicts"])  # the judge left the first ten out
+    assert 26 <= both <= 30
+    assert result["agreement_with_judge"] == {"n": both, "same": 1.0, "kappa": 1.0}
+    assert f"the judge agrees on 100% of {both}" in printed
     (tmp_path / "review_key.json").write_text("{}", encoding="utf-8")
     with pytest.raises(UserError, match="cannot be read"):
         run(ratings=str(path))

@@ -18,7 +18,7 @@ from unsloth_factory.config.judging import JudgeSettings
 from unsloth_factory.config.settings import ModelSettings
 from unsloth_factory.evaluation.judge.asking import Estimate, Judge
 from unsloth_factory.evaluation.judge.cache import ReplyCache
-from unsloth_factory.evaluation.judge.cases import KeptAnswers
+from unsloth_factory.evaluation.judge.cases import KeptAnswers, with_others
 from unsloth_factory.evaluation.judge.judges import EndpointJudge, LoadedJudge
 from unsloth_factory.evaluation.judge.judging import judge_answers
 from unsloth_factory.evaluation.judge.printing import print_judgement
@@ -72,6 +72,11 @@ def _say_which(kept: KeptAnswers, console: Console) -> None:
 def _judge(config: ValidateConfig, kept: KeptAnswers, console: Console) -> None:
     settings = config.judging
     cases = kept.cases(config.max_samples)
+    if settings.judge_against:
+        others = [Path(part.strip()).expanduser() for part in settings.judge_against.split(",") if part.strip()]
+        cases, note = with_others(cases, others)
+        if note:
+            console.print(f"note: {note}", style="yellow", highlight=False, markup=False, soft_wrap=True)
     judge = _judge_of(settings, config.model, console)
     with counting(console, "judge's replies") as progress:
         result = judge_answers(
@@ -80,7 +85,7 @@ def _judge(config: ValidateConfig, kept: KeptAnswers, console: Console) -> None:
             ReplyCache(kept.named("judge_cache.jsonl"), judge.name),
             mode=settings.judge_mode,
             max_requests=settings.judge_max_requests,
-            on_estimate=lambda estimate: _say_estimate(estimate, judge, console),
+            on_estimate=lambda estimate: _say_estimate(estimate, judge, settings, console),
             on_progress=progress,
         )
     print_judgement(result.report, console)
@@ -107,10 +112,13 @@ def _judge_of(settings: JudgeSettings, model: ModelSettings, console: Console) -
     return LoadedJudge(loaded, template, longest, at_a_time)
 
 
-def _say_estimate(estimate: Estimate, judge: Judge, console: Console) -> None:
+def _say_estimate(estimate: Estimate, judge: Judge, settings: JudgeSettings, console: Console) -> None:
     tokens = ""
     if estimate.prompt_tokens:
         tokens = f", about {estimate.prompt_tokens:,} tokens in and {estimate.completion_tokens:,} out"
+        price_in, price_out = settings.prices or (0.0, 0.0)
+        cost = price_in * estimate.prompt_tokens + price_out * estimate.completion_tokens
+        tokens += f", a cost of about {cost:.2f}" if cost else ""
     line = (
         f"judge {judge.name}: {estimate.requests:,} requests ({estimate.cached:,} more are in the cache){tokens}; "
         f"about {estimate.seconds:.0f} s with {judge.at_a_time} at a time, by the first of them"

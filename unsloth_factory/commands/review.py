@@ -72,9 +72,12 @@ def _judged(kept: KeptAnswers, key: ReviewKey) -> dict[int, str]:
     path = kept.named("judge_samples.jsonl")
     if not path.is_file():
         return {}
+    rows = {(case.source, case.question): row for row, case in enumerate(kept.cases())}
     found = {}
-    for row, line in enumerate(path.read_text(encoding="utf-8").splitlines()):
-        for pair in json.loads(line)["pairs"]:
-            if {pair["first"], pair["second"]} == set(key.variants) and pair["winner"]:
+    for line in path.read_text(encoding="utf-8").splitlines():
+        record = json.loads(line)
+        row = rows.get((record["source"], record["question"]))  # a judging may have left some out
+        for pair in record["pairs"]:
+            if row is not None and {pair["first"], pair["second"]} == set(key.variants) and pair["winner"]:
                 found[row] = str(pair["winner"])
     return found

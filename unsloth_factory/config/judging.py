@@ -24,6 +24,11 @@ class JudgeSettings:
     """Name of the server's model. Default: its only one."""
     judge_mode: Literal["both", "pointwise", "pairwise"] = "both"
     """Scores from 1 to 5 for each answer, which of two answers is better (both orders), or both."""
+    judge_against: str | None = None
+    """Further runs (or folders of validations) to compare with, by commas: their tuned answers to the same questions.
+    Three models and more get ratings."""
+    judge_price: str | None = None
+    """What the judge costs for a million tokens in and out, such as 0.15,0.60; then the estimate has a sum."""
     judge_max_requests: int = 1000
     """Most requests to the judge; more are refused before any is sent. Replies of earlier runs are kept and free."""
     judge_concurrency: int = 4
@@ -36,8 +41,20 @@ class JudgeSettings:
     def __post_init__(self) -> None:
         for flag in ("judge_max_requests", "judge_concurrency", "judge_max_new_tokens"):
             _require(getattr(self, flag) >= 1, flag, getattr(self, flag), "at least 1")
+        _require(self.prices is not None, "judge_price", self.judge_price, "two numbers by a comma: in,out")
         # The value is not repeated: it may be a key, given where its variable's name belongs.
         _require(self.judge_key_env.isidentifier(), "judge_key_env", "", "the name of an environment variable")
+
+    @property
+    def prices(self) -> tuple[float, float] | None:
+        """For a token in and out, 0 where nothing is known; None where they cannot be read."""
+        if self.judge_price is None:
+            return 0.0, 0.0
+        try:
+            read, written = (float(part) / 1e6 for part in self.judge_price.split(","))
+        except ValueError:
+            return None
+        return (read, written) if min(read, written) >= 0 else None
 
 
 @dataclass(frozen=True, kw_only=True)

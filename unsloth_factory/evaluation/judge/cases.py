@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,43 @@ class KeptAnswers:
         if not cases or not variants:
             raise UserError(f"{self.samples} holds no answers. Make them again: uf validate.")
         return cases
+
+
+def with_others(cases: Sequence[Case], paths: Sequence[Path]) -> tuple[list[Case], str | None]:
+    """The cases with the answers of further validations, each under its folder's name, and a note on what is left out.
+
+    Of a validation with base and tuned the tuned answers are taken. Questions are matched by their text and reference.
+
+    Args:
+        cases: Those of the first validation.
+        paths: Run folders, or folders that hold a validation.json.
+
+    Raises:
+        UserError: A folder holds no validation, or none of the same questions.
+    """
+    merged = list(cases)
+    for path in paths:
+        folder = path if (path / "validation.json").is_file() else path / "validation_results"
+        kept = KeptAnswers(folder)
+        if not kept.there:
+            raise UserError(f"--judge_against {path}: no answers of a validation there. Make them: uf validate.")
+        name = folder.resolve().parent.name if folder.name == "validation_results" else folder.resolve().name
+        if name in merged[0].answers:
+            raise UserError(f"--judge_against {path}: a second model by the name of {name}. Rename the folder.")
+        theirs = kept.cases()
+        variant = "tuned" if "tuned" in theirs[0].answers else next(iter(theirs[0].answers))
+        known = {(case.question, case.reference): case.answers[variant] for case in theirs}
+        merged = [
+            replace(case, answers={**case.answers, name: known[case.question, case.reference]})
+            for case in merged
+            if (case.question, case.reference) in known
+        ]
+        if not merged:
+            raise UserError(
+                f"--judge_against {path}: none of its questions is among ours. Validate on the same dataset."
+            )
+    left_out = len(cases) - len(merged)
+    return merged, f"{left_out} of {len(cases)} questions were not answered by all: left out." if left_out else None
 
 
 def _case(record: dict[str, Any], variants: list[str]) -> Case:
