@@ -16,6 +16,7 @@ from unsloth_factory.config.settings import DataSettings, GenerationSettings, Mo
 from unsloth_factory.evaluation.judge.cache import ReplyCache
 from unsloth_factory.evaluation.judge.judges import EndpointJudge, LoadedJudge
 from unsloth_factory.evaluation.judge.judging import judge_answers
+from unsloth_factory.evaluation.judge.page import judge_page
 from unsloth_factory.evaluation.judge.prompts import DIMENSIONS, Case, pairwise_messages, pointwise_messages
 from unsloth_factory.evaluation.judge.verdicts import read_scores, read_winner
 from unsloth_factory.inference.endpoint import Endpoint, Reply
@@ -235,6 +236,23 @@ def test_an_answer_cannot_end_its_own_block():
     assert "reference" not in pointwise_messages(Case("s", "q", "", {"t": "a"}), "t")[0]["content"].lower()
 
 
+def test_the_page_shows_what_was_lost_and_texts_stay_texts(tmp_path):
+    cases = [case(n, base="x", tuned="yy") for n in range(4)]
+    cases += [case(4, base="<b>longer</b>", tuned="zz"), case(5, base="much longer answer", tuned="<script>")]
+    with serving(longer_wins) as server:
+        result = judged(server, cases, tmp_path / "c")
+        page = judge_page(result, cases)
+        alone = judge_page(judged(server, cases, tmp_path / "c", mode="pointwise"), cases)
+    assert "<b>longer" not in page
+    assert "<script>" not in page
+    assert "&lt;b&gt;longer&lt;/b&gt;" in page
+    assert page.index("question 4?") < page.index("question 5?")  # 2 points against 5
+    assert "question 1?" not in page
+    assert "4, 0, 2" in page
+    assert "Lowest scores" in alone
+    assert "question 1?" in alone
+
+
 @pytest.fixture
 def kept(tmp_path):
     """A folder as `uf validate` leaves it."""
@@ -330,6 +348,10 @@ def test_further_runs_are_compared_and_rated(tmp_path, capsys):
     assert cost == pytest.approx((1000 * tokens[0] + 2000 * tokens[1]) / 1e6, abs=0.006)
     ratings = {name: rating["value"] for name, rating in report["details"]["ratings"].items()}
     assert sorted(ratings, key=ratings.get) == ["base", "tuned", "plain", "second"]
+    page = (tmp_path / "ours/judge.html").read_text(encoding="utf-8")
+    assert re.findall(r"<td>(\w+)</td><td class=\"num\">\d+</td>", page) == ["second", "plain", "tuned", "base"]
+    assert page.count("Lost by tuned") == 1
+    assert page.count('<div class="card sample">') == 5
     assert printed.index("rating second") < printed.index("rating base")
 
 

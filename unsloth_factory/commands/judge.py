@@ -21,6 +21,7 @@ from unsloth_factory.evaluation.judge.cache import ReplyCache
 from unsloth_factory.evaluation.judge.cases import KeptAnswers, with_others
 from unsloth_factory.evaluation.judge.judges import EndpointJudge, LoadedJudge
 from unsloth_factory.evaluation.judge.judging import judge_answers
+from unsloth_factory.evaluation.judge.page import judge_page
 from unsloth_factory.evaluation.judge.printing import print_judgement
 from unsloth_factory.evaluation.review import ReviewKey
 from unsloth_factory.inference.endpoint import Endpoint
@@ -93,8 +94,9 @@ def _judge(config: ValidateConfig, kept: KeptAnswers, console: Console) -> None:
     saved = [
         write_json(kept.named("judge.json"), result.report.to_dict()),
         write_text(kept.named("judge_samples.jsonl"), "".join(lines)),
+        write_text(kept.named("judge.html"), judge_page(result, cases)),
     ]
-    names = ", ".join([str(saved[0]), saved[1].name])
+    names = ", ".join([str(saved[0]), *(path.name for path in saved[1:])])
     console.print(f"saved {names}", highlight=False, markup=False, soft_wrap=True)
 
 
