@@ -159,7 +159,7 @@ class ServeConfig:
     """System prompt of conversations without one. Default: as trained."""
     max_waiting: int = 64
     """Requests that may wait while one is answered; more are sent away with status 503."""
-    serve_key_env: str = "UF_SERVE_KEY"
+    serve_key_env: str = "UF_SERVE_API_KEY"
     """Environment variable with the key that requests must carry; no key is asked for while it is not set."""
     quantization_bit: Literal[4] | None = None
     """4 loads the base in NF4. Default: as it was trained."""
