@@ -91,6 +91,8 @@ def test_newer_models_get_the_names_that_they_know():
         ((400, {"error": {"message": "too long"}}), RequestRefused, "400 too long"),
         ((404, {"error": {"message": "no such model"}}), EndpointDown, "no such model"),
         ((200, {"choices": []}), RequestRefused, "no chat completion"),
+        ((200, {"choices": [{"message": {"content": ["x"]}}]}), RequestRefused, "no chat completion"),
+        ((200, {"choices": [{"message": {"content": "x"}}], "usage": "none"}), RequestRefused, "no chat completion"),
         ((302, {}, {"Location": "http://example.com/"}), RequestRefused, "302"),  # not followed
     ],
 )

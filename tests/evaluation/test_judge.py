@@ -194,6 +194,8 @@ def test_retries_stay_within_the_limit(tmp_path):
         (FOURS.replace("4", "4.5"), None),
         (FOURS.replace("4", "true"), None),
         (FOURS.replace("4", "6"), None),
+        (FOURS.replace("4", "1e999"), None),
+        (FOURS.replace("4", '"' + "9" * 5000 + '"'), None),
         (FOURS.replace("4", "0"), None),
         (FOURS.replace('"safety": 4', '"harm": 4'), None),
         (FOURS[:-1], None),

@@ -25,6 +25,7 @@ class Letters:
     """A tokenizer of code points."""
 
     def encode(self, text):
+        text.encode("utf-8")  # real ones fail on half a surrogate pair too
         return list(map(ord, text))
 
     def decode(self, ids, **_):
@@ -43,6 +44,7 @@ class Template:
         if any("refuse" in turn.content for turn in turns):
             raise UserError("the template refuses")
         self.turns, self.thinking = turns, thinking
+        "".join(turn.content for turn in turns).encode("utf-8")
         return list(map(ord, "".join(f"{turn.role}:{turn.content}|" for turn in turns)))
 
     def opens_thinking(self, thinking):
@@ -376,3 +378,47 @@ def test_one_connection_serves_several_requests():
             )
             assert json.loads(connection.getresponse().read())["choices"]
         connection.close()
+
+
+def test_no_json_makes_it_fail():
+    """Every field with values of every kind: an answer or a refusal in the right form, never a failure of ours."""
+    odd = [
+        None,
+        True,
+        0,
+        -1,
+        2**70,
+        1e308,
+        0.5,
+        "",
+        "x",
+        "\ud800",
+        [],
+        ["a"],
+        [[]],
+        {},
+        {"a": 1},
+        [None],
+        [{"role": []}],
+    ]
+    odd += [
+        [{"role": "user", "content": value}]
+        for value in (None, 3, "\ud800", [], [{}], [{"type": "text"}], {"type": "text"})
+    ]
+    fields = ["messages", "model", "max_tokens", "max_completion_tokens", "temperature", "top_p", "top_k"]
+    fields += ["seed", "stop", "stream", "stream_options", "n", "tools", "response_format", "chat_template_kwargs"]
+    seen = set()
+    with served(Model("ok")) as server:
+        connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=5)
+        for path, names in (("/v1/chat/completions", fields), ("/v1/completions", ["prompt", "echo"])):
+            for name in names:
+                for value in odd:
+                    body = json.dumps({"messages": HELLO, "prompt": "hi", name: value})
+                    connection.request("POST", path, body, {"Content-Type": "application/json"})
+                    response = connection.getresponse()
+                    text = response.read().decode()
+                    assert response.status in (200, 400, 404), (path, name, value, text)
+                    seen.add(response.status)
+                    if response.status != 200:
+                        assert json.loads(text)["error"]["message"]
+    assert seen == {200, 400, 404}

@@ -146,7 +146,7 @@ class Endpoint:
             EndpointDown: Nobody answers.
         """
         found = self._post("/models", None).get("data")
-        return [str(entry.get("id")) for entry in found or [] if isinstance(entry, dict)]
+        return [str(entry.get("id")) for entry in found if isinstance(entry, dict)] if isinstance(found, list) else []
 
     def _only_model(self) -> str:
         names = self.models()
@@ -241,9 +241,11 @@ def _reply(value: dict[str, Any], seconds: float) -> Reply:
         choice = value["choices"][0]
         message = choice["message"]
         text, reasoning = message.get("content") or "", message.get("reasoning_content") or message.get("reasoning")
+        if not isinstance(text, str):
+            raise TypeError
         usage = value.get("usage") or {}
         return Reply(
-            str(text),
+            text,
             str(reasoning) if reasoning else None,
             choice.get("finish_reason") != "length",
             int(usage.get("prompt_tokens") or 0),

@@ -15,10 +15,8 @@ SIDES: dict[str, Side] = {"a": "A", "b": "B", "tie": "tie", "answer a": "A", "an
 def read_scores(reply: str) -> dict[str, int] | None:
     """Dimension -> 1 to 5; all six must be there, as whole numbers (4, 4.0 or "4")."""
     found = _object(reply)
-    scores = {name: _whole(found.get(name)) for name in DIMENSIONS}
-    if any(score is None or not LOWEST <= score <= HIGHEST for score in scores.values()):
-        return None
-    return {name: score for name, score in scores.items() if score is not None}
+    scores = {name: score for name in DIMENSIONS if (score := _score(found.get(name))) is not None}
+    return scores if len(scores) == len(DIMENSIONS) else None
 
 
 def read_winner(reply: str) -> Side | None:
@@ -40,9 +38,10 @@ def _object(reply: str) -> dict[str, Any]:
     return {name.strip().lower(): value for name, value in found.value.items()} if found else {}
 
 
-def _whole(value: Any) -> int | None:
-    if isinstance(value, str) and value.strip().isascii() and value.strip().isdigit():
-        return int(value.strip())
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != int(value):
-        return None
-    return int(value)
+def _score(value: Any) -> int | None:
+    """4, 4.0 or "4"; None for all that is no whole number of the scale."""
+    if isinstance(value, str):
+        return next((score for score in range(LOWEST, HIGHEST + 1) if value.strip() == str(score)), None)
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return next((score for score in range(LOWEST, HIGHEST + 1) if value == score), None)
+    return None

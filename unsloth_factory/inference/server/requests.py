@@ -123,7 +123,7 @@ def read_completion(body: Mapping[str, Any], defaults: Defaults) -> Job:
     prompt = body.get("prompt")
     if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], str):
         prompt = prompt[0]
-    if isinstance(prompt, str) and prompt:
+    if isinstance(prompt, str) and prompt and _is_text(prompt):
         return Job(text=prompt, thinking=None, **_settings(body, defaults))
     if isinstance(prompt, list) and prompt and all(type(token) is int and token >= 0 for token in prompt):
         return Job(ids=tuple(prompt), thinking=None, **_settings(body, defaults))
@@ -131,15 +131,20 @@ def read_completion(body: Mapping[str, Any], defaults: Defaults) -> Job:
 
 
 def _turn(message: Any, where: str) -> Turn:
-    if not isinstance(message, dict) or message.get("role") not in ROLES:
+    if not isinstance(message, dict) or str(message.get("role")) not in ROLES:
         raise RequestError(400, f"{where}: an object with role {', '.join(ROLES)} and content.", parameter=where)
     content = message.get("content")
     if isinstance(content, list):  # parts; pictures and sounds are not understood
         texts = [part.get("text") for part in content if isinstance(part, dict) and part.get("type") == "text"]
         content = "".join(map(str, texts)) if len(texts) == len(content) else None
-    if not isinstance(content, str):
+    if not isinstance(content, str) or not _is_text(content):
         raise RequestError(400, f"{where}.content: text is needed.", parameter=f"{where}.content")
-    return Turn(ROLES[message["role"]], content)  # type: ignore[arg-type]
+    return Turn(ROLES[str(message["role"])], content)  # type: ignore[arg-type]
+
+
+def _is_text(text: str) -> bool:
+    """JSON can write half of a surrogate pair, which is no character; tokenizers fail on it."""
+    return text.isascii() or not any("\ud800" <= char <= "\udfff" for char in text)
 
 
 def _settings(body: Mapping[str, Any], defaults: Defaults) -> dict[str, Any]:
