@@ -160,8 +160,6 @@ def test_gsm8k_by_a_server(tmp_path):
         remote = EndpointSettings(endpoint=server.url)
         config = EvaluateConfig(task="gsm8k", task_dir=str(tmp_path), remote=remote, save_dir=str(tmp_path / "o"))
         assert evaluate.run(config) == 0
-        with pytest.raises(UsageError, match="scored by log-probabilities"):
-            evaluate.run(EvaluateConfig(task="ceval", task_dir=str(tmp_path), remote=remote))
     messages = server.bodies[0]["messages"]
     assert [message["role"] for message in messages] == ["user", "assistant", "user"]  # the worked example is a turn
     report = json.loads((tmp_path / "o/gsm8k_endpoint.json").read_text(encoding="utf-8"))
@@ -170,3 +168,94 @@ def test_gsm8k_by_a_server(tmp_path):
     first = json.loads(lines[0])
     assert first["fake"]["reasoning"] == "6?"
     assert first["prompt_tokens"] == sum(len(message["content"]) for message in messages) // 4
+
+
+QUESTIONS = 30
+
+
+@pytest.fixture
+def toy_task(tmp_path):
+    """Thirty questions whose right letter goes round; the worked example is apart."""
+    for split, rows in (
+        ("dev", ["0,shot,x,y,z,B"]),
+        ("val", [f"{n},q{n}?,x,y,z,{'ABC'[n % 3]}" for n in range(QUESTIONS)]),
+    ):
+        (tmp_path / split).mkdir()
+        text = "nr,stem,A,B,C,key\n" + "\n".join(rows) + "\n"
+        (tmp_path / split / "toy.csv").write_text(text, encoding="utf-8")
+    task = tmp_path / "toy.yaml"
+    task.write_text(
+        "title: Toy\nlayout: '{split}/{subject}.csv'\nletters: [A, B, C]\nfolder: .\n"
+        "columns: {id: nr, question: stem, answer: key}\n"
+        "prompts: {zh: {intro: '', question: \"{question}\\n{choices}\\n答案：\"}}\n",
+        encoding="utf-8",
+    )
+    return task
+
+
+def letters(top: dict[str, float]):
+    """A chat completion with the likeliest first tokens."""
+    entries = [{"token": token, "logprob": value} for token, value in top.items()]
+    message = {"role": "assistant", "content": next(iter(top))}
+    choice = {"message": message, "logprobs": {"content": [{"token": "x", "logprob": -1, "top_logprobs": entries}]}}
+    return 200, {"choices": [choice], "usage": {"prompt_tokens": 11}}
+
+
+def number_of(body) -> int:
+    return int(body["messages"][-1]["content"].split("?")[0][1:])
+
+
+def evaluated(toy_task, answer, **options):
+    with serving(answer) as server:
+        remote = EndpointSettings(endpoint=server.url)
+        config = EvaluateConfig(task=str(toy_task), remote=remote, save_dir=str(toy_task.parent / "o"), **options)
+        assert evaluate.run(config) == 0
+    report = json.loads((toy_task.parent / "o/toy_endpoint.json").read_text(encoding="utf-8"))
+    lines = (toy_task.parent / "o/toy_endpoint_samples.jsonl").read_text(encoding="utf-8").splitlines()
+    return server, report, list(map(json.loads, lines))
+
+
+def test_choices_are_scored_by_a_servers_log_probabilities(toy_task):
+    def knows(body):
+        right = "ABC"[number_of(body) % 3]
+        # the right letter wins only if the two ways to write it are added up
+        return letters({"D": -0.1, "ABC"[number_of(body) % 3 - 1]: -1.0, right: -1.2, f" {right}": -1.2, "the": -9.0})
+
+    server, report, records = evaluated(toy_task, knows)
+    body = next(body for body in server.bodies if number_of(body) == 4)
+    assert [message["role"] for message in body["messages"]] == ["user", "assistant", "user"]
+    assert body["messages"][1]["content"] == "B"
+    assert body["messages"][2]["content"] == "q4?\nA. x\nB. y\nC. z\n答案："
+    assert (body["max_tokens"], body["logprobs"], body["top_logprobs"]) == (1, True, 20)
+    assert body["chat_template_kwargs"] == {"enable_thinking": False}
+    assert report["metrics"]["fake"]["micro accuracy"]["value"] == 1.0
+    assert [record["id"] for record in records[:3]] == ["0", "1", "2"]
+    scores = records[0]["fake"]["logprobs"]
+    assert scores["A"] == pytest.approx(-1.2 + 0.693147, abs=1e-4)
+    assert scores["C"] == -1.0
+    assert scores["B"] == -10.0  # less than all that was shown
+    assert records[0]["prompt_tokens"] == 11
+    assert not any("no letter" in note for note in report["notes"])
+
+
+def test_no_letter_at_all_is_chance_and_is_said(toy_task):
+    _, report, records = evaluated(toy_task, lambda body: letters({"<think>": -0.1, "The": -3.0}))
+    chosen = [record["fake"]["choice"] for record in records]
+    assert min(chosen.count(letter) for letter in "ABC") >= 3  # not always the same one
+    assert "In 30 questions no letter was among the likeliest" in report["notes"][-1]
+    assert evaluated(toy_task, lambda body: letters({"<think>": -0.1, "The": -3.0}))[2] == records
+
+
+def test_servers_without_log_probabilities_and_flags_that_need_a_tokenizer(toy_task):
+    with pytest.raises(UserError, match="gives no log-probabilities"):
+        evaluated(toy_task, lambda body: "A")
+
+    def refuses(body):
+        return (400, {"error": {"message": "logprobs: not supported here."}}) if "logprobs" in body else "A"
+
+    with pytest.raises(UserError, match="gives no log-probabilities"):
+        evaluated(toy_task, refuses)
+    with pytest.raises(UsageError, match="no --choice_mode"):
+        evaluated(toy_task, refuses, choice_mode="text")
+    with pytest.raises(UsageError, match="no --no_chat_template"):
+        evaluated(toy_task, refuses, no_chat_template=True)

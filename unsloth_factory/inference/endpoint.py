@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -42,6 +42,8 @@ class Reply:
     """0 where the server does not count."""
     completion_tokens: int = 0
     seconds: float = 0.0
+    first_token: Mapping[str, float] = field(default_factory=dict)
+    """Likeliest first tokens -> log-probability, where they were asked for (logprobs, top_logprobs) and are given."""
 
 
 class RequestRefused(UserError):
@@ -251,9 +253,17 @@ def _reply(value: dict[str, Any], seconds: float) -> Reply:
             int(usage.get("prompt_tokens") or 0),
             int(usage.get("completion_tokens") or 0),
             seconds,
+            _first_token(choice.get("logprobs")),
         )
     except (KeyError, IndexError, TypeError, AttributeError, ValueError):
         raise RequestRefused(f"The server's answer is no chat completion: {json.dumps(value)[:200]}.") from None
+
+
+def _first_token(logprobs: Any) -> dict[str, float]:
+    """Token -> log-probability of the first position."""
+    positions = logprobs.get("content") if isinstance(logprobs, dict) else None
+    top = positions[0].get("top_logprobs") if positions else None
+    return {str(entry["token"]): float(entry["logprob"]) for entry in top or []}
 
 
 def _reason(value: Any) -> str:

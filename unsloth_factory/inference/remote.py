@@ -6,10 +6,15 @@ that everything that scores generations can score these too.
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
+import numpy as np
+
+from unsloth_factory.config.errors import UserError
 from unsloth_factory.data.template import ChatTemplate
 from unsloth_factory.data.thinking import CLOSE, OPEN, split_thinking
 from unsloth_factory.data.types import Turn
@@ -23,6 +28,8 @@ CONTROL_TOKENS = (
     "<|user|>", "<|assistant|>", "<|system|>", "[INST]", "[/INST]", "<s>", "</s>", "<start_of_turn>", "<end_of_turn>",
 )  # fmt: skip
 """Of the common families; which ones the server's model has, it does not say."""
+
+MOST_LOGPROBS = 20  # the most that hosted servers give
 
 
 class RemoteTemplate(ChatTemplate):
@@ -38,6 +45,14 @@ class RemoteTemplate(ChatTemplate):
     def encode_prompt(self, turns: Sequence[Turn], thinking: bool | None = None) -> list[int]:
         """The messages, as code points of their JSON."""
         return list(map(ord, json.dumps([{"role": turn.role, "content": turn.content} for turn in turns])))
+
+    def render_prompt(self, turns: Sequence[Turn], thinking: bool | None = None) -> str:
+        """The messages as JSON, since the server's rendering is not known."""
+        return "".join(map(chr, self.encode_prompt(turns, thinking)))
+
+    def encode_text(self, text: str) -> list[int]:
+        """Code points, as those of the prompts."""
+        return list(map(ord, text))
 
     @staticmethod
     def messages(prompt: Sequence[int]) -> list[Message]:
@@ -62,7 +77,7 @@ class RemoteModel:
     """An endpoint's model under test.
 
     Attributes:
-        prompt_tokens: Of each prompt of the last `answer`, as the server counted; 0 where it does not.
+        prompt_tokens: Of each prompt so far, as the server counted; 0 where it does not.
     """
 
     endpoint: Endpoint
@@ -71,6 +86,56 @@ class RemoteModel:
     """Sent as chat_template_kwargs.enable_thinking, which vLLM and llama.cpp's server take; None sends nothing."""
     at_a_time: int = 4
     prompt_tokens: list[int] = field(default_factory=list)
+    unknown: int = 0
+    """Questions of `letter_logprobs` for which no letter was among the likeliest tokens."""
+
+    def letter_logprobs(self, prompts: Sequence[list[int]], choices: Sequence[Sequence[list[int]]]) -> np.ndarray:
+        """Log-probabilities of each prompt's choices, float64 [n, choices], from the first token's likeliest ones.
+
+        A letter that is not among the 20 likeliest tokens gets less than all of them. Where none is, the letters
+        differ by a number drawn from the prompt alone: a fixed order would score as "always A".
+
+        Args:
+            prompts: As the template encodes them.
+            choices: One letter each, as the template encodes it.
+
+        Raises:
+            UserError: The server gives no log-probabilities, or a request failed for good.
+        """
+        extra = self._switch() | {"logprobs": True, "top_logprobs": MOST_LOGPROBS}
+
+        def ask(prompt: list[int]) -> Reply:
+            return self.endpoint.chat(self.template.messages(prompt), max_tokens=1, extra=extra)
+
+        rows: dict[int, list[float]] = {}
+        tokens = [0] * len(prompts)
+        for index, reply in in_parallel(ask, prompts, self.at_a_time):
+            if isinstance(reply, Exception):
+                raise reply
+            if not reply.first_token:
+                raise UserError(
+                    f"{self.endpoint.url} gives no log-probabilities (logprobs of chat completions), by which the "
+                    "choices are scored. Take a benchmark whose answers are generated (--task gsm8k), or load the "
+                    "model here (--model)."
+                )
+            letters = ["".join(map(chr, choice)) for choice in choices[index]]
+            rows[index] = self._row(prompts[index], letters, reply.first_token)
+            tokens[index] = reply.prompt_tokens
+        self.prompt_tokens += tokens
+        return np.array([rows[index] for index in range(len(prompts))])
+
+    def _row(self, prompt: list[int], letters: Sequence[str], top: Mapping[str, float]) -> list[float]:
+        """Letters with and without a space before them are the same answer; their probabilities add up."""
+        floor = min(top.values()) - 1.0
+        found = [[value for token, value in top.items() if token.strip() == letter] for letter in letters]
+        if any(found):
+            return [float(np.logaddexp.reduce(values)) if values else floor for values in found]
+        self.unknown += 1
+        digest = hashlib.sha256(np.array(prompt, dtype=np.int64).tobytes()).digest()
+        return [floor - 1.0 + digest[number] / 256 for number in range(len(letters))]
+
+    def _switch(self) -> dict[str, Any]:
+        return {} if self.thinking is None else {"chat_template_kwargs": {"enable_thinking": self.thinking}}
 
     def answer(
         self,
@@ -92,7 +157,7 @@ class RemoteModel:
             UserError: A request failed for good: an answer that is missing would make the scores wrong.
         """
         drawn = sampling.temperature > 0
-        extra = {} if self.thinking is None else {"chat_template_kwargs": {"enable_thinking": self.thinking}}
+        extra = self._switch()
 
         def ask(prompt: list[int]) -> Reply:
             return self.endpoint.chat(
@@ -112,5 +177,5 @@ class RemoteModel:
             if on_progress:
                 on_progress(len(replies), len(prompts))
         ordered = [replies[index] for index in range(len(prompts))]
-        self.prompt_tokens = [reply.prompt_tokens for reply in ordered]
+        self.prompt_tokens += [reply.prompt_tokens for reply in ordered]
         return [Generation(self.template.encode_reply(reply), reply.finished) for reply in ordered]
