@@ -8,11 +8,10 @@ from typing import Any
 
 from rich.console import Console
 
-from unsloth_factory.commands.endpoint import resolve_asked
-from unsloth_factory.commands.evaluate_endpoint import evaluate_endpoint
+from unsloth_factory.commands.evaluate_endpoint import run_endpoint
 from unsloth_factory.commands.evaluate_generated import run_generated
 from unsloth_factory.commands.progress import counting
-from unsloth_factory.commands.source import ResolvedModel, load_source
+from unsloth_factory.commands.source import ResolvedModel, load_source, resolve_source
 from unsloth_factory.config.commands import EvaluateConfig
 from unsloth_factory.config.errors import UsageError
 from unsloth_factory.evaluation.benchmark import load_benchmark, select_subjects
@@ -28,6 +27,8 @@ from unsloth_factory.run.atomic import sha256, write_json, write_text
 
 def run(config: EvaluateConfig) -> int:
     """Score the benchmark, save report and records, print the tables."""
+    if config.remote.endpoint:
+        return run_endpoint(config, _task_folder)
     generated = load_generation_task(config.task)
     if generated:
         return run_generated(config, generated, _task_folder(generated.name, generated.layout, None, config.task_dir))
@@ -43,11 +44,7 @@ def run(config: EvaluateConfig) -> int:
     split = config.split or benchmark.default_split
     # Before the weights are loaded: a misspelt subject must not cost a minute.
     select_subjects(benchmark, folder, split, config.subjects)
-    resolved = resolve_asked(config.source, config.model, config.remote, quantization_bit=config.quantization_bit)
-    target = resolved.results("evaluation_results", config.save_dir)
-    if config.remote.endpoint:
-        result = evaluate_endpoint(config, benchmark, folder, split, console)
-        return _finish(result, target, f"{benchmark.name}_endpoint", console)
+    resolved = resolve_source(config.source, config.model, quantization_bit=config.quantization_bit)
     loaded, template = load_source(resolved, console)
     maker = PromptMaker(
         benchmark=benchmark,
@@ -65,6 +62,7 @@ def run(config: EvaluateConfig) -> int:
         max_tokens=loaded.max_positions,
     )
     scorers = model_scorers(loaded, resolved.variants, config.batch_size)
+    target = resolved.results("evaluation_results", config.save_dir)
     subjects = target / f"{benchmark.name}_subjects"
     kept: dict[str, KeptScores] = {
         variant: KeptScores(subjects, _identity(variant, resolved, loaded)) for variant in resolved.variants
@@ -76,12 +74,8 @@ def run(config: EvaluateConfig) -> int:
     if found:
         line = f"{found} subjects' scores by the same model on the same prompts were there: {subjects}"
         console.print(line, style="dim", highlight=False, markup=False, soft_wrap=True)
-    return _finish(result, target, benchmark.name, console)
-
-
-def _finish(result: ChoiceResult, folder: Path, name: str, console: Console) -> int:
     print_report(result.report, console)
-    for path in save(result, folder, name):
+    for path in save(result, target, benchmark.name):
         console.print(f"saved {path}", highlight=False, markup=False, soft_wrap=True)
     return 0
 

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
 
-from unsloth_factory.commands.endpoint import description, remote_model, resolve_asked
 from unsloth_factory.commands.progress import counting
-from unsloth_factory.commands.source import load_source
+from unsloth_factory.commands.source import load_source, resolve_source
 from unsloth_factory.config.commands import EvaluateConfig
 from unsloth_factory.config.errors import UsageError
 from unsloth_factory.data.template import ChatTemplate
@@ -32,7 +30,8 @@ def run_generated(config: EvaluateConfig, task: GenerationTask, folder: Path) ->
     # Before the weights are loaded: a missing file must not cost a minute.
     check_split(task, split, config.n_shot)
     read_problems(task, folder, split)
-    resolved = resolve_asked(config.source, config.model, config.remote, quantization_bit=config.quantization_bit)
+    resolved = resolve_source(config.source, config.model, quantization_bit=config.quantization_bit)
+    loaded, template = load_source(resolved, console)
     options = GenerativeOptions(
         n_shot=config.n_shot,
         split=split,
@@ -40,44 +39,19 @@ def run_generated(config: EvaluateConfig, task: GenerationTask, folder: Path) ->
         thinking=resolved.thinking if config.think_chain is None else config.think_chain,
         max_samples=config.max_samples,
         max_new_tokens=config.max_new_tokens or task.max_new_tokens,
+        max_tokens=loaded.max_positions,
     )
-    if config.remote.endpoint:
-        result = _ask_endpoint(config, task, folder, options, console)
-        target, name = resolved.results("evaluation_results", config.save_dir), f"{task.name}_endpoint"
-        return _finish(result, target, name, console)
-    loaded, template = load_source(resolved, console)
-    options = replace(options, max_tokens=loaded.max_positions)
     with counting(console, f"{task.title}: answers") as progress:
         answerers: dict[str, Answerer] = {
             variant: _answerer(loaded, template, variant, config.batch_size, options.max_new_tokens, progress)
             for variant in resolved.variants
         }
-        model = resolved.description(loaded)
-        result = evaluate_generated(task, template, folder, answerers, options, model=model)
-    return _finish(result, resolved.results("evaluation_results", config.save_dir), task.name, console)
-
-
-def _finish(result: GenerativeResult, folder: Path, name: str, console: Console) -> int:
+        description = resolved.description(loaded)
+        result = evaluate_generated(task, template, folder, answerers, options, model=description)
     print_report(result.report, console)
-    for path in _save(result, folder, name):
+    for path in _save(result, resolved.results("evaluation_results", config.save_dir), task.name):
         console.print(f"saved {path}", highlight=False, markup=False, soft_wrap=True)
     return 0
-
-
-def _ask_endpoint(
-    config: EvaluateConfig, task: GenerationTask, folder: Path, options: GenerativeOptions, console: Console
-) -> GenerativeResult:
-    """The server's model is the only variant, by its name."""
-    remote = remote_model(config.remote, options.thinking)
-    with counting(console, f"{task.title}: answers") as progress:
-
-        def answer(prompts: Sequence[list[int]]) -> list[Generation]:
-            return remote.answer(prompts, max_new_tokens=options.max_new_tokens, on_progress=progress)
-
-        answerers: dict[str, Answerer] = {remote.endpoint.model: answer}
-        result = evaluate_generated(task, remote.template, folder, answerers, options, model=description(remote))
-    counted = zip(result.records, remote.prompt_tokens, strict=True)
-    return replace(result, records=[{**record, "prompt_tokens": tokens} for record, tokens in counted])
 
 
 def _refuse(config: EvaluateConfig, task: GenerationTask, lang: str) -> None:

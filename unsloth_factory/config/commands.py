@@ -88,7 +88,6 @@ class EvaluateConfig:
 
     source: FinishedRun = field(default_factory=FinishedRun)
     model: ModelSettings = field(default_factory=ModelSettings)
-    remote: EndpointSettings = field(default_factory=EndpointSettings)
     task: str = "ceval"
     """Benchmark: ceval, cmmlu, mmlu, gsm8k, a YAML file, or a table with columns question, A, B, ..., answer."""
     task_dir: str | None = None
@@ -113,6 +112,7 @@ class EvaluateConfig:
     """Plain text prompt instead of the model's chat template."""
     think_chain: bool | None = None
     """Render prompts with thinking on; default: off where choices are scored, else as trained."""
+    remote: EndpointSettings = field(default_factory=EndpointSettings)
     save_dir: str | None = None
     """Folder of the results. Default: evaluation_results in the run folder."""
     quantization_bit: Literal[4] | None = None

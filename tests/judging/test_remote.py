@@ -259,3 +259,5 @@ def test_servers_without_log_probabilities_and_flags_that_need_a_tokenizer(toy_t
         evaluated(toy_task, refuses, choice_mode="text")
     with pytest.raises(UsageError, match="no --no_chat_template"):
         evaluated(toy_task, refuses, no_chat_template=True)
+    with pytest.raises(UsageError, match="are for generated answers"):
+        evaluated(toy_task, refuses, max_samples=3)
