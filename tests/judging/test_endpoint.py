@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 
 import pytest
@@ -83,6 +84,23 @@ def test_newer_models_get_the_names_that_they_know():
         assert client.chat(ASK, max_tokens=6).text == "fine"
     assert len(server.bodies) == 4
     assert server.bodies[-1] == {"model": "fake", "messages": ASK, "max_completion_tokens": 6}
+
+
+def test_several_requests_at_once_learn_the_names():
+    together = threading.Barrier(4)
+
+    def answer(body):
+        if "max_tokens" in body:
+            together.wait(5)  # all four are refused at the same time
+            return 400, {"error": {"message": "use 'max_completion_tokens', not max_tokens"}}
+        if "odd" in body:
+            return 400, {"error": {"message": "unknown field odd"}}
+        return "fine"
+
+    with serving(answer) as server:
+        client, _ = endpoint_of(server)
+        replies = dict(in_parallel(lambda _: client.chat(ASK, max_tokens=5, extra={"odd": 1}), range(4), 4))
+    assert [getattr(reply, "text", reply) for reply in replies.values()] == ["fine"] * 4
 
 
 @pytest.mark.parametrize(

@@ -123,19 +123,21 @@ class Endpoint:
             try:
                 return _reply(self._post("/chat/completions", body), time.monotonic() - started)
             except RequestRefused as error:
-                if not self._adapted(str(error), extra or {}):
+                if not self._adapted(str(error), body, extra or {}):
                     raise
 
-    def _adapted(self, reason: str, extra: Mapping[str, Any]) -> bool:
+    def _adapted(self, reason: str, sent: Mapping[str, Any], extra: Mapping[str, Any]) -> bool:
         """Newer hosted models refuse max_tokens, any temperature but their own, and fields that they do not know.
 
-        True if it is worth another try.
+        True if it is worth another try. What counts is what this request had sent: another thread may have learnt the
+        same meanwhile.
         """
-        if "max_completion_tokens" in reason and self._limit_name == "max_tokens":
+        unknown = {name for name in extra if name in sent and name in reason}
+        if "max_completion_tokens" in reason and "max_tokens" in sent:
             self._limit_name = "max_completion_tokens"
-        elif "temperature" in reason and not self._no_temperature:
+        elif "temperature" in reason and "temperature" in sent:
             self._no_temperature = True
-        elif unknown := {name for name in extra if name in reason} - self._unknown:
+        elif unknown:
             self._unknown |= unknown
         else:
             return False
@@ -198,7 +200,7 @@ class Endpoint:
         if status == 404:
             raise EndpointDown(f"{self.url}: {reason}. Check the address (it ends in /v1) and {self._flag}_model.")
         if status != 200 and status not in TRY_AGAIN:
-            raise RequestRefused(f"{self.url}: {reason}.")
+            raise RequestRefused(f"{self.url}: {reason.rstrip('.')}.")
 
     def _request(self, path: str, body: dict[str, Any] | None) -> tuple[int, float, Any]:
         """(status, seconds that the server asks to wait, value) of one attempt; value is None where it is no JSON."""
