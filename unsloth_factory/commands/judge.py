@@ -18,7 +18,7 @@ from unsloth_factory.config.judging import JudgeSettings
 from unsloth_factory.config.settings import ModelSettings
 from unsloth_factory.evaluation.judge.asking import Estimate, Judge
 from unsloth_factory.evaluation.judge.cache import ReplyCache
-from unsloth_factory.evaluation.judge.cases import KeptAnswers, with_others
+from unsloth_factory.evaluation.judge.cases import AnswerFiles, with_others
 from unsloth_factory.evaluation.judge.judges import EndpointJudge, LoadedJudge
 from unsloth_factory.evaluation.judge.judging import judge_answers
 from unsloth_factory.evaluation.judge.page import judge_page
@@ -28,16 +28,16 @@ from unsloth_factory.inference.endpoint import Endpoint
 from unsloth_factory.run.atomic import write_json, write_text
 
 
-def kept_answers(config: ValidateConfig) -> KeptAnswers:
+def kept_answers(config: ValidateConfig) -> AnswerFiles:
     """Where the validation's answers lie or will lie."""
     if config.gguf and config.remote.endpoint:
         raise UsageError("--gguf and --endpoint: one of the two answers; give them one after the other.")
     kind = "gguf" if config.gguf else "endpoint" if config.remote.endpoint else ""
     if config.save_dir:
-        kept = KeptAnswers(Path(config.save_dir).expanduser(), kind)
+        kept = AnswerFiles(Path(config.save_dir).expanduser(), kind)
     else:
         resolved = resolve_asked(config.source, config.model, config.remote, quantization_bit=config.quantization_bit)
-        kept = KeptAnswers(resolved.results("validation_results", None), kind)
+        kept = AnswerFiles(resolved.results("validation_results", None), kind)
     if config.reviewing.ratings:
         ReviewKey.read(kept.named("review_key.json"))  # before any answer is generated
     return kept
@@ -48,7 +48,7 @@ def wanted(config: ValidateConfig) -> bool:
     return bool(config.judging.judge or config.reviewing.review or config.reviewing.ratings)
 
 
-def follow_up(config: ValidateConfig, kept: KeptAnswers, console: Console) -> int:
+def follow_up(config: ValidateConfig, kept: AnswerFiles, console: Console) -> int:
     """What was asked for beyond the answers themselves."""
     if wanted(config):
         _say_which(kept, console)
@@ -61,7 +61,7 @@ def follow_up(config: ValidateConfig, kept: KeptAnswers, console: Console) -> in
     return 0
 
 
-def _say_which(kept: KeptAnswers, console: Console) -> None:
+def _say_which(kept: AnswerFiles, console: Console) -> None:
     """Name the answers that are taken, so that older ones are not taken for new."""
     made = datetime.fromtimestamp(kept.samples.stat().st_mtime).strftime("%Y-%m-%d %H:%M")
     line = (
@@ -70,7 +70,7 @@ def _say_which(kept: KeptAnswers, console: Console) -> None:
     console.print(line, style="dim", highlight=False, markup=False, soft_wrap=True)
 
 
-def _judge(config: ValidateConfig, kept: KeptAnswers, console: Console) -> None:
+def _judge(config: ValidateConfig, kept: AnswerFiles, console: Console) -> None:
     settings = config.judging
     cases = kept.cases(config.max_samples)
     if settings.judge_against:

@@ -10,13 +10,13 @@ from typing import Any
 
 from rich.console import Console
 
-from unsloth_factory.evaluation.judge.cases import KeptAnswers
+from unsloth_factory.evaluation.judge.cases import AnswerFiles
 from unsloth_factory.evaluation.judge.printing import win_line
 from unsloth_factory.evaluation.review import ReviewKey, make_sheet, read_ratings, review_result
 from unsloth_factory.run.atomic import write_json, write_text
 
 
-def write_sheet(kept: KeptAnswers, seed: int | None, limit: int, console: Console) -> None:
+def write_sheet(kept: AnswerFiles, seed: int | None, limit: int, console: Console) -> None:
     """The HTML sheet, and the key beside it; the same answers and seed give the same sheet again."""
     key_path = kept.named("review_key.json")
     secret = str(seed) if seed is not None else _secret(key_path)
@@ -38,7 +38,7 @@ def _secret(key_path: Path) -> str:
     return ReviewKey.read(key_path).secret if key_path.is_file() else secrets.token_hex(16)
 
 
-def read_back(kept: KeptAnswers, files: str, console: Console) -> None:
+def read_back(kept: AnswerFiles, files: str, console: Console) -> None:
     """Un-blind the ratings, print and save what they say."""
     key = ReviewKey.read(kept.named("review_key.json"))
     paths = [Path(part.strip()).expanduser() for part in files.split(",") if part.strip()]
@@ -67,7 +67,7 @@ def _lines(result: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _judged(kept: KeptAnswers, key: ReviewKey) -> dict[int, str]:
+def _judged(kept: AnswerFiles, key: ReviewKey) -> dict[int, str]:
     """The judge's verdict on each question that it compared; empty without one."""
     path = kept.named("judge_samples.jsonl")
     if not path.is_file():

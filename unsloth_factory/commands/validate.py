@@ -26,7 +26,7 @@ from unsloth_factory.data.load import load_conversations
 from unsloth_factory.data.split import read_validation_split
 from unsloth_factory.data.template import ChatTemplate
 from unsloth_factory.evaluation.answers import Sample, samples_of
-from unsloth_factory.evaluation.judge.cases import KeptAnswers
+from unsloth_factory.evaluation.judge.cases import AnswerFiles
 from unsloth_factory.evaluation.pages import html_page, markdown_page
 from unsloth_factory.evaluation.references import model_losses
 from unsloth_factory.evaluation.tables import print_report, print_worst
@@ -53,7 +53,7 @@ def run(config: ValidateConfig) -> int:
     return follow_up(config, kept, console)
 
 
-def _answer(config: ValidateConfig, kept: KeptAnswers, console: Console) -> None:
+def _answer(config: ValidateConfig, kept: AnswerFiles, console: Console) -> None:
     resolved = resolve_asked(config.source, config.model, config.remote, quantization_bit=config.quantization_bit)
     pack = domain_pack(resolved, config.data.domain)
     samples = _samples(config, resolved, pack)

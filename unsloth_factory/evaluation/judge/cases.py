@@ -13,7 +13,7 @@ from unsloth_factory.evaluation.judge.prompts import Case
 
 
 @dataclass(frozen=True)
-class KeptAnswers:
+class AnswerFiles:
     """Report and records of a finished validation.
 
     Attributes:
@@ -77,7 +77,7 @@ def with_others(cases: Sequence[Case], paths: Sequence[Path]) -> tuple[list[Case
     merged = list(cases)
     for path in paths:
         folder = path if (path / "validation.json").is_file() else path / "validation_results"
-        kept = KeptAnswers(folder)
+        kept = AnswerFiles(folder)
         if not kept.there:
             raise UserError(f"--judge_against {path}: no answers of a validation there. Make them: uf validate.")
         name = folder.resolve().parent.name if folder.name == "validation_results" else folder.resolve().name
