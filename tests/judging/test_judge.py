@@ -7,6 +7,7 @@ import re
 
 import pytest
 from chat_server import serving
+from rich.console import Console
 
 from unsloth_factory.commands import validate as command
 from unsloth_factory.config.commands import ValidateConfig
@@ -17,6 +18,7 @@ from unsloth_factory.evaluation.judge.cache import ReplyCache
 from unsloth_factory.evaluation.judge.judges import EndpointJudge, LoadedJudge
 from unsloth_factory.evaluation.judge.judging import judge_answers
 from unsloth_factory.evaluation.judge.page import judge_page
+from unsloth_factory.evaluation.judge.printing import print_judgement
 from unsloth_factory.evaluation.judge.prompts import DIMENSIONS, Case, pairwise_messages, pointwise_messages
 from unsloth_factory.evaluation.judge.verdicts import read_scores, read_winner
 from unsloth_factory.inference.endpoint import Endpoint, Reply
@@ -118,6 +120,23 @@ def test_unreadable_replies_are_asked_for_once_more_and_never_guessed(tmp_path):
     assert result.report.metrics["tuned"]["overall score"].n == 2
     assert result.records[1]["scores"] == {"tuned": None}
     assert "1 of the judge's replies could not be read" in result.report.notes[0]
+
+
+def test_a_judge_that_says_nothing_leaves_no_figure(tmp_path, capsys):
+    message = {"message": {"content": '{"winner": '}, "finish_reason": "length"}
+    cases = [case(n, base="x", tuned="yy") for n in range(2)]
+    with serving(lambda body: (200, {"choices": [message]})) as server:
+        result = judged(server, cases, tmp_path / "c")
+    assert "8 of the judge's replies could not be read" in result.report.notes[0]
+    assert "8 were cut off: raise --judge_max_new_tokens" in result.report.notes[0]
+    print_judgement(result.report, Console(width=100))
+    printed = capsys.readouterr().out
+    assert "tuned against base: no question has a verdict" in printed
+    assert "%" not in printed
+    assert "overall" not in printed
+    page = judge_page(result, cases)
+    assert "no question has a verdict" in page
+    assert "50.0" not in page
 
 
 def test_nothing_is_asked_twice_and_a_stopped_judging_goes_on(tmp_path):

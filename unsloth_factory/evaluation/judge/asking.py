@@ -61,6 +61,8 @@ class Answers:
     """Unreadable replies that were asked for once more."""
     unreadable: int = 0
     """Requests without a plain reply after that."""
+    cut_off: int = 0
+    """Of these, replies that the limit of tokens cut off."""
     failed: int = 0
     """Requests that the judge did not answer at all."""
     first_failure: str = ""
@@ -184,5 +186,6 @@ def _read(asking: _Asking, requests: Sequence[Request], keys: Sequence[str]) -> 
             reply = cache.get(again[key][0]) or reply
             value = None if reply is None else request.read(reply.text)
         answers.unreadable += reply is not None and value is None
+        answers.cut_off += reply is not None and value is None and not reply.finished
         answers.values.append(value)
         answers.replies.append(reply.text if reply else "")

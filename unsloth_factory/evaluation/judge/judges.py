@@ -45,7 +45,7 @@ class LoadedJudge:
 
     def __init__(self, loaded: LoadedModel, template: ChatTemplate, max_tokens: int, at_a_time: int) -> None:
         self._loaded, self._template, self._max_tokens = loaded, template, max_tokens
-        self.name, self.at_a_time = f"{loaded.path.name} {loaded.fingerprint}", at_a_time
+        self.name, self.at_a_time = f"{loaded.path.name} {loaded.fingerprint[:12]}", at_a_time
 
     def ask(self, prompts: Sequence[Sequence[Message]]) -> Iterator[tuple[int, Reply | Exception]]:
         """As `asking.Judge` says."""

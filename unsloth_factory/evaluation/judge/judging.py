@@ -235,7 +235,8 @@ def _ratings(variants: Sequence[str], verdicts: Verdicts) -> dict[str, dict[str,
 def _notes(answers: Answers) -> list[str]:
     notes = []
     if answers.unreadable:
-        notes.append(f"{answers.unreadable} of the judge's replies could not be read, also when asked for again.")
+        cut = f" {answers.cut_off} were cut off: raise --judge_max_new_tokens." if answers.cut_off else ""
+        notes.append(f"{answers.unreadable} of the judge's replies could not be read, also when asked for again.{cut}")
     if answers.failed:
         notes.append(f"{answers.failed} requests failed; the first one: {answers.first_failure}")
     return notes

@@ -14,7 +14,7 @@ from unsloth_factory.evaluation.tables import delta_table
 def print_judgement(report: EvalReport, console: Console) -> None:
     """Scores by dimension, wins, ratings, and how far the judge can be trusted."""
     console.print(f"judged by {report.model['judge']}: {report.n:,} questions", highlight=False, markup=False)
-    if any(report.metrics.values()):
+    if any(metric.n for values in report.metrics.values() for metric in values.values()):
         console.print(f"scores from 1 to 5 ({report.settings['scale']})", highlight=False, soft_wrap=True)
         console.print(delta_table(report))
     for line in judgement_lines(report.details["pairs"], report.details["ratings"]):
@@ -38,6 +38,8 @@ def judgement_lines(pairs: Sequence[Mapping[str, Any]], ratings: Mapping[str, Ma
 
 def win_line(pair: Mapping[str, Any]) -> str:
     """One pair in words."""
+    if not pair["n"]:
+        return f"{pair['of']} against {pair['against']}: no question has a verdict"
     low, high = pair["interval"]
     line = f"{pair['of']} against {pair['against']}: win rate {pair['win_rate']:.1%} [{low:.1%}, {high:.1%}], "
     line += f"{pair['wins']} wins, {pair['ties']} ties, {pair['losses']} losses, p = {pair['p_value']:.3g}: "
