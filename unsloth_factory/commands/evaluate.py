@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
+from unsloth_factory.commands.evaluate_endpoint import run_endpoint
 from unsloth_factory.commands.evaluate_free import run_free
 from unsloth_factory.commands.evaluate_generated import run_generated
 from unsloth_factory.commands.evaluate_gguf import score_files
@@ -31,12 +32,17 @@ from unsloth_factory.run.atomic import write_json, write_text
 
 def run(config: EvaluateConfig) -> int:
     """Score the benchmark, save report and records, print the tables."""
+    elsewhere = "--gguf" if config.gguf else "--endpoint" if config.remote.endpoint else ""
+    if elsewhere and (config.models or config.choice_mode == "generate" or "," in config.task or PREFIX in config.task):
+        raise UsageError(f"{elsewhere}: one --task; no --models, --choice_mode generate or {PREFIX}NAME.")
     if config.models:
         return run_models(config, run)
     if "," in config.task:
         return run_tasks(config, run)
     if config.task.startswith(PREFIX):
         return run_harness(config)
+    if config.remote.endpoint:
+        return run_endpoint(config, _task_folder)
     generated = load_generation_task(config.task)
     if generated:
         folder = _task_folder(generated.name, generated.layout, generated.folder, config.task_dir)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from unsloth_factory.config.errors import UsageError
+from unsloth_factory.config.judging import EndpointSettings, JudgeSettings, ReviewSettings
 from unsloth_factory.config.settings import (
     BaseWeights,
     DataSettings,
@@ -69,6 +71,9 @@ class ValidateConfig:
     model: ModelSettings = field(default_factory=ModelSettings)
     data: DataSettings = field(default_factory=DataSettings)
     generation: GenerationSettings = field(default_factory=GenerationSettings)
+    remote: EndpointSettings = field(default_factory=EndpointSettings)
+    judging: JudgeSettings = field(default_factory=JudgeSettings)
+    reviewing: ReviewSettings = field(default_factory=ReviewSettings)
     max_samples: int = 100
     """Validation samples to answer."""
     batch_size: int = 8
@@ -119,6 +124,7 @@ class EvaluateConfig:
     """Plain text prompt instead of the model's chat template."""
     think_chain: bool | None = None
     """Render prompts with thinking on; default: off where choices are scored, else as trained."""
+    remote: EndpointSettings = field(default_factory=EndpointSettings)
     save_dir: str | None = None
     """Folder of the results. Default: evaluation_results in the run folder."""
     quantization_bit: Literal[4] | None = None
@@ -147,6 +153,39 @@ class ChatConfig:
     """Chat with this GGUF file through llama.cpp instead."""
     quantization_bit: Literal[4] | None = None
     """4 loads the base in NF4. Default: as it was trained."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeConfig:
+    """An OpenAI-compatible server of one model: /v1/models, /v1/chat/completions, /v1/completions."""
+
+    source: FinishedRun = field(default_factory=FinishedRun)
+    model: ModelSettings = field(default_factory=ModelSettings)
+    generation: GenerationSettings = field(default_factory=lambda: GenerationSettings(temperature=0.6))
+    gguf: str | None = None
+    """Serve this GGUF file through llama.cpp instead."""
+    host: str = "127.0.0.1"
+    """Address to listen on; 0.0.0.0 opens the server to the network (set a key then)."""
+    port: int = 8000
+    """Port; 0 takes a free one."""
+    name: str | None = None
+    """Name of the model. Default: the run folder's, the GGUF file's or the model's."""
+    domain: str | None = None
+    """Domain pack whose system prompt conversations without one get."""
+    system: str | None = None
+    """System prompt of conversations without one. Default: as trained."""
+    max_waiting: int = 64
+    """Requests that may wait while one is answered; more are sent away with status 503."""
+    serve_key_env: str = "UF_SERVE_API_KEY"
+    """Environment variable with the key that requests must carry; no key is asked for while it is not set."""
+    quantization_bit: Literal[4] | None = None
+    """4 loads the base in NF4. Default: as it was trained."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port <= 65535:
+            raise UsageError(f"--port {self.port}: from 0 to 65535")
+        if self.max_waiting < 0:
+            raise UsageError(f"--max_waiting {self.max_waiting}: 0 or more")
 
 
 @dataclass(frozen=True, kw_only=True)
