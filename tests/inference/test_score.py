@@ -96,7 +96,10 @@ def test_continuations_equal_the_plain_path_and_know_what_greedy_would_say(loade
     prefix = rng.integers(0, 500, size=60).tolist()
     contexts = [prefix + [int(n)] * 3 for n in (7, 8, 9)] + [[int(n)] * 5 for n in (1, 2)] + [prefix[:40] + [3] * 30]
     requests = [(context, [int(token)]) for context in contexts for token in (4, 5)]
-    requests += [(context, rng.integers(0, 500, size=n).tolist()) for context, n in zip(contexts, (2, 5, 3, 9, 1, 30))]
+    requests += [
+        (context, rng.integers(0, 500, size=n).tolist())
+        for context, n in zip(contexts, (2, 5, 3, 9, 1, 30), strict=True)
+    ]
     loaded.model.eval()
     for context in contexts[:2]:
         best = loaded.model(torch.tensor([context])).logits[0, -1].argmax().item()
