@@ -103,7 +103,9 @@ def test_always_a_scores_the_share_of_a_and_the_key_scores_one(bench):
     assert base["Plants"].value == pytest.approx(2 / 8)
     assert base["hard"].value == pytest.approx(2 / 3)
     assert {metric.value for metric in tuned.values()} == {1.0}
+    assert (result.report.headline, result.report.notes) == ("macro accuracy", ())
     details = result.report.details
+    assert details["subjects"]["herbs"]["standard_errors"] == {"base": pytest.approx(math.sqrt(3 / 16 / 7)), "tuned": 0}
     assert details["chosen_letters"] == {
         "base": {"A": 11, "B": 0, "C": 0, "D": 0},
         "tuned": {"A": 4, "B": 3, "C": 2, "D": 2},
@@ -179,6 +181,7 @@ def test_shots_are_taken_away_when_the_context_is_short(bench):
     result = evaluate(maker, folder, {"base": always("A")}, options)
     assert result.report.details["subjects"]["herbs"]["shots"] == 1
     assert "Fewer worked examples than asked for fit" in result.report.notes[0]
+    assert result.report.notes[-1].startswith("1 of 2 subjects: averages over a part do not compare")
     lengths = []
 
     def spy(prompts, choices):

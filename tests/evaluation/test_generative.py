@@ -113,6 +113,13 @@ def test_a_reasoning_that_never_ends_is_no_answer(data):
     result = evaluate_generated(load_generation_task("gsm8k"), Template(), data, {"base": says(["5"])}, options)
     assert result.report.metrics["base"]["accuracy"].value == 0
     assert result.report.n == 1
+    assert result.report.notes == ()
+
+    def cut(prompts):
+        return [Generation([ord("5")], False)]
+
+    report = evaluate_generated(load_generation_task("gsm8k"), Template(), data, {"base": cut}, options).report
+    assert report.notes[0].startswith("base: 1 of 1 answers were cut off while still thinking")
 
 
 def test_worked_examples_give_way_to_the_answer(data):
@@ -171,6 +178,9 @@ def test_through_the_command(data, random_model_dir, tmp_path, capsys):
     assert report["metrics"]["base"]["accuracy"]["value"] == 0
     assert len((out / "gsm8k_samples.jsonl").read_text(encoding="utf-8").splitlines()) == 3
     assert "accuracy" in capsys.readouterr().out
+    assert command.run(config) == 0
+    assert "3 answers by the same model to the same prompts were there" in capsys.readouterr().out
+    assert json.loads((out / "gsm8k.json").read_text(encoding="utf-8")) == report
     for change in ({"no_chat_template": True}, {"subjects": "x"}, {"max_samples": 0}, {"split": "val"}):
         with pytest.raises(UsageError):
             command.run(EvaluateConfig(task="gsm8k", task_dir=str(data), **change))

@@ -9,6 +9,7 @@ import csv
 import os
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -106,7 +107,7 @@ def theirs(model: Path, prompts: list, probe: int = 12) -> tuple[np.ndarray, flo
 @pytest.mark.parametrize(("kind", "rows"), [("bundled", None), ("qwen2", 5), ("qwen3", 5)])
 def test_ceval_equals_the_harness(kind, rows, plain, shared_data, tiny_model_dir, tmp_path, capsys):
     pytest.importorskip("lm_eval")
-    from lm_eval.api.metrics import aggregate_subtask_metrics, mean, mean_stderr
+    from lm_eval.api.metrics import mean, mean_stderr
 
     if not plain:
         rows = 1
@@ -142,8 +143,48 @@ def test_ceval_equals_the_harness(kind, rows, plain, shared_data, tiny_model_dir
     everything = [value for values in by_subject.values() for value in values]
     assert metrics["micro accuracy"].value == pytest.approx(mean(everything), abs=1e-12)
     assert metrics["micro accuracy"].standard_error == pytest.approx(mean_stderr(everything), abs=1e-12)
-    means = [mean(values) for values in by_subject.values()]
-    wanted = aggregate_subtask_metrics(means, [len(v) for v in by_subject.values()], weight_by_size=False)
-    assert metrics["macro accuracy"].value == pytest.approx(wanted, abs=1e-12)
     for name, values in by_subject.items():
-        assert result.report.details["subjects"][name]["base"] == pytest.approx(mean(values), abs=1e-12)
+        row = result.report.details["subjects"][name]
+        assert row["base"] == pytest.approx(mean(values), abs=1e-12)
+        if len(values) > 1:
+            assert row["standard_errors"]["base"] == pytest.approx(mean_stderr(values), abs=1e-12)
+    groups = {name: row["group"] for name, row in result.report.details["subjects"].items()}
+    for metric, members in (
+        ("macro accuracy", list(by_subject)),
+        *((group, [name for name in by_subject if groups[name] == group]) for group in sorted(set(groups.values()))),
+        ("hard", [subject.name for subject in load_benchmark("ceval").subjects if subject.hard]),
+    ):
+        scored = {name: by_subject[name] for name in members if name in by_subject}
+        if metric in metrics:
+            value, error = their_group(scored)
+            assert metrics[metric].value == pytest.approx(value, abs=1e-12)
+            if min(map(len, scored.values())) > 1:
+                assert metrics[metric].standard_error == pytest.approx(error, abs=1e-12)
+
+
+def their_group(by_subject: dict[str, list[float]]) -> tuple[float, float]:
+    """(score, standard error) of the harness' group of these subjects that does not weight them by size.
+
+    That is the macro average. A group that does weight has the micro average as its score, but another error: pooled
+    within the subjects, as if their scores did not differ; the error of all questions is that of one task.
+    """
+    from lm_eval.api.group import Group
+    from lm_eval.api.metrics import mean, mean_stderr
+    from lm_eval.config.group import AggMetricConfig
+
+    class Subjects(Group):
+        def get_all_tasks(self, recursive=True):
+            return [SimpleNamespace(task_name=name) for name in by_subject]
+
+    group = Subjects("ceval", aggregate_metric_list=[AggMetricConfig("acc", weight_by_size=False)])
+    result = group.aggregate(
+        {
+            name: {
+                "acc,none": mean(values),
+                "acc_stderr,none": mean_stderr(values) if len(values) > 1 else 0.0,
+                "sample_len": len(values),
+            }
+            for name, values in by_subject.items()
+        }
+    )
+    return result["acc,none"], result["acc_stderr,none"]

@@ -87,3 +87,29 @@ def test_batches_hold_every_row_once_and_close_at_their_size():
     assert batches[0] == [1, 2, 3, 4]
     assert batches[1] == [5]  # the next is far shorter
     assert score._batches([], 4) == []
+
+
+def test_continuations_equal_the_plain_path_and_know_what_greedy_would_say(loaded, monkeypatch):
+    """Contexts that begin alike and others, continuations of one and of many tokens, one context twice."""
+    monkeypatch.setattr(score, "LONG", 20)
+    rng = np.random.default_rng(5)
+    prefix = rng.integers(0, 500, size=60).tolist()
+    contexts = [prefix + [int(n)] * 3 for n in (7, 8, 9)] + [[int(n)] * 5 for n in (1, 2)] + [prefix[:40] + [3] * 30]
+    requests = [(context, [int(token)]) for context in contexts for token in (4, 5)]
+    requests += [
+        (context, rng.integers(0, 500, size=n).tolist())
+        for context, n in zip(contexts, (2, 5, 3, 9, 1, 30), strict=True)
+    ]
+    loaded.model.eval()
+    for context in contexts[:2]:
+        best = loaded.model(torch.tensor([context])).logits[0, -1].argmax().item()
+        requests.append((context, [best]))
+    seen = []
+    answers = score.continuation_logprobs(
+        loaded, requests, batch_size=3, on_progress=lambda done, total: seen.append((done, total))
+    )
+    expected = [plain(loaded, context, continuation) for context, continuation in requests]
+    np.testing.assert_allclose([value for value, _ in answers], expected, atol=1e-4, rtol=0)
+    assert [greedy for _, greedy in answers[-2:]] == [True, True]
+    assert not any(greedy for _, greedy in answers[12:18])
+    assert seen[-1] == (20, 20)

@@ -150,3 +150,11 @@ def test_field_edges():
     nothing = compare_fields(None, {"a": 1})
     assert (nothing.accuracy, nothing.f1) == (0.0, 0.0)
     assert compare_fields({"a": {}}, {"a": {}}).f1 == 1.0
+
+
+@pytest.mark.parametrize("name", ['"a"', "'a'"])
+def test_numbers_of_a_model_caught_in_a_loop(name):
+    assert extract_json("{" + name + ": " + "9" * 5000 + "}") is None  # more digits than Python reads
+    found = extract_json("{" + name + ": " + "9" * 400 + "}")  # more than a float holds
+    assert compare_fields(found.value, {"a": 9}).accuracy == 0.0
+    assert compare_fields(found.value, found.value).accuracy == 1.0

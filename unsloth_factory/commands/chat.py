@@ -37,7 +37,7 @@ def run(config: ChatConfig) -> int:
     console = Console()
     source = config.source
     if config.gguf and source.run is None and config.model.model is None:
-        source = FinishedRun(run=_run_of(Path(config.gguf)))
+        source = FinishedRun(run=run_of(Path(config.gguf)))
     resolved = resolve_source(source, config.model, quantization_bit=config.quantization_bit)
     with _engine(config, resolved, console) as (template, answer_stream, max_positions):
         thinking = config.generation.think_chain
@@ -93,7 +93,7 @@ def _sampling(config: ChatConfig) -> Sampling:
     return Sampling(temperature=settings.temperature, top_p=settings.top_p, top_k=settings.top_k, seed=seed)
 
 
-def _run_of(gguf: Path) -> str:
+def run_of(gguf: Path) -> str:
     """The run folder that a GGUF file lies in: RUN/gguf/NAME.gguf."""
     for folder in gguf.expanduser().resolve().parents[:2]:
         if (folder / "run.yaml").is_file():

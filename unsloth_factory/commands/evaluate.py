@@ -8,38 +8,61 @@ from typing import Any
 
 from rich.console import Console
 
+from unsloth_factory.commands.evaluate_endpoint import run_endpoint
+from unsloth_factory.commands.evaluate_free import run_free
 from unsloth_factory.commands.evaluate_generated import run_generated
 from unsloth_factory.commands.evaluate_gguf import score_files
+from unsloth_factory.commands.evaluate_harness import run_harness
+from unsloth_factory.commands.evaluate_many import run_models, run_tasks
+from unsloth_factory.commands.identity import model_identity
 from unsloth_factory.commands.progress import counting
-from unsloth_factory.commands.source import ResolvedModel, load_source, resolve_source
+from unsloth_factory.commands.source import load_source, resolve_source
 from unsloth_factory.config.commands import EvaluateConfig
 from unsloth_factory.config.errors import UsageError
 from unsloth_factory.evaluation.benchmark import load_benchmark, select_subjects
 from unsloth_factory.evaluation.choice import ChoiceOptions, ChoiceResult, evaluate, model_scorers
 from unsloth_factory.evaluation.generation_task import load_generation_task
 from unsloth_factory.evaluation.kept_scores import KeptScores
+from unsloth_factory.evaluation.lm_harness import PREFIX
 from unsloth_factory.evaluation.pages import markdown_page
 from unsloth_factory.evaluation.prompts import PromptMaker
 from unsloth_factory.evaluation.tables import print_report
-from unsloth_factory.model.fingerprint import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from unsloth_factory.model.loaded import LoadedModel
-from unsloth_factory.run.atomic import sha256, write_json, write_text
+from unsloth_factory.run.atomic import write_json, write_text
 
 
 def run(config: EvaluateConfig) -> int:
     """Score the benchmark, save report and records, print the tables."""
+    elsewhere = "--gguf" if config.gguf else "--endpoint" if config.remote.endpoint else ""
+    if elsewhere and (config.models or config.choice_mode == "generate" or "," in config.task or PREFIX in config.task):
+        raise UsageError(f"{elsewhere}: one --task; no --models, --choice_mode generate or {PREFIX}NAME.")
+    if config.models:
+        return run_models(config, run)
+    if "," in config.task:
+        return run_tasks(config, run)
+    if config.task.startswith(PREFIX):
+        return run_harness(config)
+    if config.remote.endpoint:
+        return run_endpoint(config, _task_folder)
     generated = load_generation_task(config.task)
     if generated:
-        return run_generated(config, generated, _task_folder(generated.name, generated.layout, None, config.task_dir))
-    if config.max_samples is not None or config.max_new_tokens is not None:
-        raise UsageError(
-            f"--max_samples and --max_new_tokens are for generated answers; {config.task} is scored without any. "
-            "--subjects takes a part of it."
-        )
+        folder = _task_folder(generated.name, generated.layout, generated.folder, config.task_dir)
+        return run_generated(config, generated, folder)
+    if config.scorer:
+        raise UsageError(f"--scorer is for questions with reference answers; {config.task} is of multiple choice.")
     console = Console()
     benchmark = load_benchmark(config.task)
     benchmark.prompt(config.lang)
+    free = config.choice_mode == "generate"
+    limits = (config.max_samples, config.max_new_tokens, config.thinking_budget)
+    if not free and any(limit is not None for limit in limits):
+        raise UsageError(
+            "--max_samples, --max_new_tokens and --thinking_budget are for generated answers; "
+            f"{config.task} is scored without any. --subjects takes a part of it, --choice_mode generate asks freely."
+        )
     folder = _task_folder(benchmark.name, benchmark.layout, benchmark.folder, config.task_dir)
+    if free:
+        result, target = run_free(config, benchmark, folder, console)
+        return _show(result, target, f"{benchmark.name}_generated", console)
     split = config.split or benchmark.default_split
     if config.gguf:
         result, target = score_files(config, benchmark, folder, split, console)
@@ -57,7 +80,7 @@ def run(config: EvaluateConfig) -> int:
         mode="letter" if config.choice_mode == "letter" else "text",
     )
     options = ChoiceOptions(
-        n_shot=config.n_shot,
+        n_shot=config.shots,
         split=split,
         subjects=config.subjects,
         per_character=config.choice_mode == "text_normalized",
@@ -67,7 +90,7 @@ def run(config: EvaluateConfig) -> int:
     target = resolved.results("evaluation_results", config.save_dir)
     subjects = target / f"{benchmark.name}_subjects"
     kept: dict[str, KeptScores] = {
-        variant: KeptScores(subjects, _identity(variant, resolved, loaded)) for variant in resolved.variants
+        variant: KeptScores(subjects, model_identity(variant, resolved, loaded)) for variant in resolved.variants
     }
     with counting(console, f"{benchmark.title}: subjects") as progress:
         description = resolved.description(loaded)
@@ -84,21 +107,6 @@ def _show(result: ChoiceResult, target: Path, name: str, console: Console) -> in
     for path in save(result, target, name):
         console.print(f"saved {path}", highlight=False, markup=False, soft_wrap=True)
     return 0
-
-
-def _identity(variant: str, resolved: ResolvedModel, loaded: LoadedModel) -> str:
-    """All of the model that its scores depend on; the base does not depend on the adapter."""
-    parts: dict[str, Any] = {
-        "fingerprint": loaded.fingerprint,
-        "engine": loaded.engine,
-        "dtype": str(loaded.dtype),
-        "device": loaded.device.type,
-        "quantized": loaded.quantized,
-    }
-    if variant == "tuned" and resolved.settings.adapter:
-        folder = Path(resolved.settings.adapter).expanduser()
-        parts["adapter"] = {name: sha256(folder / name) for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)}
-    return json.dumps(parts, sort_keys=True)
 
 
 def save(result: ChoiceResult, folder: Path, name: str) -> list[Path]:

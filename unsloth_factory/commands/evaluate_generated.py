@@ -3,29 +3,28 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
 
+from unsloth_factory.commands.answering import ModelAnswers, check_limits
 from unsloth_factory.commands.evaluate_gguf import answer_with_files
 from unsloth_factory.commands.progress import counting
 from unsloth_factory.commands.source import load_source, resolve_source
 from unsloth_factory.config.commands import EvaluateConfig
 from unsloth_factory.config.errors import UsageError
-from unsloth_factory.data.template import ChatTemplate
 from unsloth_factory.evaluation.generation_task import GenerationTask, check_split, read_problems
-from unsloth_factory.evaluation.generative import Answerer, GenerativeOptions, GenerativeResult, evaluate_generated
+from unsloth_factory.evaluation.generative import GenerativeOptions, GenerativeResult, evaluate_generated
 from unsloth_factory.evaluation.pages import markdown_page
 from unsloth_factory.evaluation.tables import print_report
-from unsloth_factory.inference.generate import Generation, Progress, generate
-from unsloth_factory.model.loaded import LoadedModel
 from unsloth_factory.run.atomic import write_json, write_text
 
 
 def run_generated(config: EvaluateConfig, task: GenerationTask, folder: Path) -> int:
     """Ask the questions, save report and records, print the table."""
     console = Console()
+    task = replace(task, scorer=config.scorer or task.scorer)
     lang: str = config.lang or next(iter(task.prompts))
     _refuse(config, task, lang)
     split = config.split or task.scored_splits[0]
@@ -33,27 +32,34 @@ def run_generated(config: EvaluateConfig, task: GenerationTask, folder: Path) ->
         result, target = answer_with_files(config, task, folder, split, console)
         return _finish(result, target, f"{task.name}_gguf", console)
     # Before the weights are loaded: a missing file must not cost a minute.
-    check_split(task, split, config.n_shot)
+    check_split(task, split, config.shots)
     read_problems(task, folder, split)
     resolved = resolve_source(config.source, config.model, quantization_bit=config.quantization_bit)
+    thinking = resolved.thinking if config.think_chain is None else config.think_chain
+    check_limits(config, thinking)
     loaded, template = load_source(resolved, console)
+    longest = config.max_new_tokens or task.max_new_tokens
+    target = resolved.results("evaluation_results", config.save_dir)
+    answers = ModelAnswers(
+        resolved, loaded, template, thinking=thinking, longest=longest, config=config,
+        folder=target / f"{task.name}_answers",
+    )  # fmt: skip
     options = GenerativeOptions(
-        n_shot=config.n_shot,
+        n_shot=config.shots,
         split=split,
         lang=lang,
-        thinking=resolved.thinking if config.think_chain is None else config.think_chain,
+        thinking=thinking,
         max_samples=config.max_samples,
-        max_new_tokens=config.max_new_tokens or task.max_new_tokens,
+        max_new_tokens=longest,
+        thinking_budget=config.thinking_budget,
+        room=answers.room,
         max_tokens=loaded.max_positions,
     )
     with counting(console, f"{task.title}: answers") as progress:
-        answerers: dict[str, Answerer] = {
-            variant: _answerer(loaded, template, variant, config.batch_size, options.max_new_tokens, progress)
-            for variant in resolved.variants
-        }
         description = resolved.description(loaded)
-        result = evaluate_generated(task, template, folder, answerers, options, model=description)
-    return _finish(result, resolved.results("evaluation_results", config.save_dir), task.name, console)
+        result = evaluate_generated(task, template, folder, answers.answerers(progress), options, model=description)
+    answers.print_found(console)
+    return _finish(result, target, task.name, console)
 
 
 def _finish(result: GenerativeResult, folder: Path, name: str, console: Console) -> int:
@@ -72,29 +78,7 @@ def _refuse(config: EvaluateConfig, task: GenerationTask, lang: str) -> None:
         )
     if config.subjects or config.choice_mode != "letter":
         raise UsageError(f"--subjects and --choice_mode are for multiple choice; {task.name} has neither.")
-    for name, value in (("max_samples", config.max_samples), ("max_new_tokens", config.max_new_tokens)):
-        if value is not None and value < 1:
-            raise UsageError(f"--{name} {value}: a number from 1 on.")
-
-
-def _answerer(
-    loaded: LoadedModel, template: ChatTemplate, variant: str, batch_size: int, longest: int, progress: Progress
-) -> Answerer:
-    def answer(prompts: Sequence[list[int]]) -> list[Generation]:
-        return generate(
-            loaded,
-            prompts,
-            stop_ids=template.stop_ids,
-            max_new_tokens=longest,
-            batch_size=batch_size,
-            on_progress=progress,
-        )
-
-    def base(prompts: Sequence[list[int]]) -> list[Generation]:
-        with loaded.adapter_disabled():
-            return answer(prompts)
-
-    return base if variant == "base" else answer
+    check_limits(config, config.think_chain)
 
 
 def _save(result: GenerativeResult, folder: Path, name: str) -> list[Path]:

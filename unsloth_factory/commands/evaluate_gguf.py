@@ -114,7 +114,7 @@ def _setup(
         mode="letter" if config.choice_mode == "letter" else "text",
     )
     options = ChoiceOptions(
-        n_shot=config.n_shot,
+        n_shot=config.shots,
         split=split,
         subjects=config.subjects,
         per_character=config.choice_mode == "text_normalized",
@@ -161,12 +161,12 @@ def answer_with_files(
     Answers are kept one by one: hours on a CPU are not lost to a stop.
     """
     resolved = _resolved(config)
-    check_split(task, split, config.n_shot)
+    check_split(task, split, config.shots)
     read_problems(task, folder, split)
     files, description, positions = check_files(str(config.gguf), resolved)
     template = gguf_template(resolved)
     options = GenerativeOptions(
-        n_shot=config.n_shot,
+        n_shot=config.shots,
         split=split,
         lang=config.lang or next(iter(task.prompts)),
         thinking=resolved.thinking if config.think_chain is None else config.think_chain,

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +24,7 @@ from unsloth_factory.model.standard import load_tokenizer
 from unsloth_factory.run.folder import RunFolder, RunManifest
 
 Variant = Literal["base", "tuned"]
+_KEPT: ContextVar[dict[str, tuple[LoadedModel, ChatTemplate]] | None] = ContextVar("_KEPT", default=None)
 PROBE = "你好，血压 120/80。Hello!\n<think>"
 
 
@@ -118,8 +122,28 @@ def _template_file(folder: RunFolder) -> str | None:
     return str(folder.template) if folder.template.is_file() else None
 
 
+@contextmanager
+def keeping_loaded() -> Iterator[None]:
+    """Within it a model that is asked for again is not loaded again; behind it nothing is kept."""
+    token = _KEPT.set({})
+    try:
+        yield
+    finally:
+        _KEPT.reset(token)
+
+
 def load_source(resolved: ResolvedModel, console: Console) -> tuple[LoadedModel, ChatTemplate]:
     """Load the model and its template, and print what was chosen."""
+    kept, key = _KEPT.get(), repr((resolved.settings, resolved.quantization_bit))
+    if kept is not None and key in kept:
+        return kept[key]
+    found = _load_source(resolved, console)
+    if kept is not None:
+        kept[key] = found
+    return found
+
+
+def _load_source(resolved: ResolvedModel, console: Console) -> tuple[LoadedModel, ChatTemplate]:
     loaded = load_model(resolved.settings, quantization_bit=resolved.quantization_bit)
     for line in (f"engine {loaded.engine}: {loaded.engine_reason}", loaded.device_reason, *loaded.notes):
         if line:

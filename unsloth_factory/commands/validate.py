@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from unsloth_factory.commands.endpoint import remote_model, resolve_asked, validate_endpoint
 from unsloth_factory.commands.gguf_files import gguf_paths, gguf_variants, shortest_context
+from unsloth_factory.commands.judge import follow_up, kept_answers, wanted
 from unsloth_factory.commands.progress import counting
 from unsloth_factory.commands.source import (
     ResolvedModel,
@@ -17,7 +18,6 @@ from unsloth_factory.commands.source import (
     gguf_template,
     load_source,
     require_same_tokenizer,
-    resolve_source,
     system_prompt,
 )
 from unsloth_factory.config.commands import ValidateConfig
@@ -26,6 +26,7 @@ from unsloth_factory.data.load import load_conversations
 from unsloth_factory.data.split import read_validation_split
 from unsloth_factory.data.template import ChatTemplate
 from unsloth_factory.evaluation.answers import Sample, samples_of
+from unsloth_factory.evaluation.judge.cases import AnswerFiles
 from unsloth_factory.evaluation.pages import html_page, markdown_page
 from unsloth_factory.evaluation.references import model_losses
 from unsloth_factory.evaluation.tables import print_report, print_worst
@@ -44,15 +45,23 @@ from unsloth_factory.run.atomic import write_json, write_text
 
 
 def run(config: ValidateConfig) -> int:
-    """Answer, score, save and print."""
+    """Answer, score, save and print; what comes after the answers takes those that are there."""
     console = Console()
-    resolved = resolve_source(config.source, config.model, quantization_bit=config.quantization_bit)
+    kept = kept_answers(config)
+    if not (wanted(config) and kept.there):
+        _answer(config, kept, console)
+    return follow_up(config, kept, console)
+
+
+def _answer(config: ValidateConfig, kept: AnswerFiles, console: Console) -> None:
+    resolved = resolve_asked(config.source, config.model, config.remote, quantization_bit=config.quantization_bit)
     pack = domain_pack(resolved, config.data.domain)
     samples = _samples(config, resolved, pack)
-    folder = resolved.results("validation_results", config.save_dir)
     if config.gguf:
         result = _files(config, resolved, partial(_questions, config, resolved, samples, pack), console)
-        names = ("gguf.json", "gguf_samples.jsonl")
+    elif config.remote.endpoint:
+        remote = remote_model(config.remote, _thinking(config, resolved))
+        result = validate_endpoint(remote, _questions(config, resolved, samples, pack, remote.template), console)
     else:
         loaded, template = load_source(resolved, console)
         with counting(console, "answers") as progress:
@@ -64,19 +73,22 @@ def run(config: ValidateConfig) -> int:
                 model=resolved.description(loaded),
                 on_progress=progress,
             )
-        names = ("validation.json", "samples.jsonl")
     print_report(result.report, console)
     print_worst(result.report, console)
     lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in result.records]
-    write_json(folder / names[0], result.report.to_dict())
-    write_text(folder / names[1], "".join(lines))
-    pages = [f"{Path(names[0]).stem}.{kind}" for kind in ("html", "md")]
-    write_text(folder / pages[0], html_page(result.report))
-    write_text(folder / pages[1], markdown_page(result.report))
+    write_json(kept.report, result.report.to_dict())
+    write_text(kept.samples, "".join(lines))
+    pages = [f"{kept.report.stem}.{kind}" for kind in ("html", "md")]
+    write_text(kept.folder / pages[0], html_page(result.report))
+    write_text(kept.folder / pages[1], markdown_page(result.report))
     console.print(
-        f"saved {folder / names[0]}, {names[1]}, {', '.join(pages)}", highlight=False, markup=False, soft_wrap=True
+        f"saved {kept.report}, {kept.samples.name}, {', '.join(pages)}", highlight=False, markup=False, soft_wrap=True
     )
-    return 0
+
+
+def _thinking(config: ValidateConfig, resolved: ResolvedModel) -> bool | None:
+    chosen = config.generation.think_chain
+    return resolved.thinking if chosen is None else chosen
 
 
 def _questions(
@@ -90,7 +102,7 @@ def _questions(
     return Questions(
         samples=samples,
         template=template,
-        thinking=resolved.thinking if generation.think_chain is None else generation.think_chain,
+        thinking=_thinking(config, resolved),
         pack=pack,
         max_new_tokens=generation.max_new_tokens,
         sampling=Sampling(temperature=generation.temperature, top_p=generation.top_p, top_k=generation.top_k),

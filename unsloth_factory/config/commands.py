@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from unsloth_factory.config.errors import UsageError
+from unsloth_factory.config.judging import EndpointSettings, JudgeSettings, ReviewSettings
 from unsloth_factory.config.settings import (
     BaseWeights,
     DataSettings,
@@ -18,6 +20,7 @@ from unsloth_factory.config.settings import (
     TuningSettings,
     WatchSettings,
 )
+from unsloth_factory.config.values import Names
 
 CEVAL_LANGUAGES = ("zh", "en")
 
@@ -68,6 +71,9 @@ class ValidateConfig:
     model: ModelSettings = field(default_factory=ModelSettings)
     data: DataSettings = field(default_factory=DataSettings)
     generation: GenerationSettings = field(default_factory=GenerationSettings)
+    remote: EndpointSettings = field(default_factory=EndpointSettings)
+    judging: JudgeSettings = field(default_factory=JudgeSettings)
+    reviewing: ReviewSettings = field(default_factory=ReviewSettings)
     max_samples: int = 100
     """Validation samples to answer."""
     batch_size: int = 8
@@ -86,18 +92,24 @@ class EvaluateConfig:
     gguf: str | None = None
     """Score these GGUF files through llama.cpp instead, by commas; all takes every one of the run folder."""
     model: ModelSettings = field(default_factory=ModelSettings)
+    models: Names | None = None
+    """Models, or run folders, to choose from: each is scored, and set against its size, memory and speed."""
     task: str = "ceval"
-    """Benchmark: ceval, cmmlu, mmlu, gsm8k, a YAML file, or a table with columns question, A, B, ..., answer."""
+    """ceval, cmmlu, mmlu, gsm8k, lm_eval:NAME, a YAML file, a table (question, answer, maybe A, B, ...); or several."""
+    lm_eval_include: str | None = None
+    """Folder with tasks of one's own for lm_eval:NAME, as lm-evaluation-harness reads them."""
     task_dir: str | None = None
-    """Folder of the benchmark's data in its upstream layout (dev/, val/)."""
-    n_shot: int = 5
-    """Worked examples before each question, from the dev split alone."""
+    """Folder of the benchmark's data in its upstream layout (dev/, val/). Of several: holds a folder named as each."""
+    n_shot: int | None = None
+    """Worked examples before each question, from the dev split alone. Default: 5; of an lm_eval task its own."""
     lang: Literal["zh", "en"] | None = None
     """Language of the prompt around the questions. Default: the benchmark's first."""
     subjects: str | None = None
     """Subjects by commas; default: all."""
-    choice_mode: Literal["letter", "text", "text_normalized"] = "letter"
-    """What is scored: the option's letter, its text (options not listed), or that per character of the option."""
+    choice_mode: Literal["letter", "text", "text_normalized", "generate"] = "letter"
+    """What is scored: the option's letter, its text (options not listed), that per character, or a generated answer."""
+    scorer: Literal["number", "exact", "contains", "f1"] | None = None
+    """How generated answers are scored. Default: the benchmark's own; of a table number if all answers are, else f1."""
     split: Literal["val", "test"] | None = None
     """Questions that are scored. Default: the benchmark's own, val for ceval, test for cmmlu and mmlu."""
     batch_size: int = 8
@@ -106,14 +118,22 @@ class EvaluateConfig:
     """Only the first so many questions, of a benchmark whose answers are generated."""
     max_new_tokens: int | None = None
     """Longest generated answer, tokens. Default: the benchmark's own."""
+    thinking_budget: int | None = None
+    """Longest thinking before a generated answer, tokens: then it is closed, and the model has to answer."""
     no_chat_template: bool = False
     """Plain text prompt instead of the model's chat template."""
     think_chain: bool | None = None
     """Render prompts with thinking on; default: off where choices are scored, else as trained."""
+    remote: EndpointSettings = field(default_factory=EndpointSettings)
     save_dir: str | None = None
     """Folder of the results. Default: evaluation_results in the run folder."""
     quantization_bit: Literal[4] | None = None
     """4 loads the base in NF4. Default: as it was trained."""
+
+    @property
+    def shots(self) -> int:
+        """Worked examples where the benchmark has no number of its own."""
+        return 5 if self.n_shot is None else self.n_shot
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,6 +153,39 @@ class ChatConfig:
     """Chat with this GGUF file through llama.cpp instead."""
     quantization_bit: Literal[4] | None = None
     """4 loads the base in NF4. Default: as it was trained."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeConfig:
+    """An OpenAI-compatible server of one model: /v1/models, /v1/chat/completions, /v1/completions."""
+
+    source: FinishedRun = field(default_factory=FinishedRun)
+    model: ModelSettings = field(default_factory=ModelSettings)
+    generation: GenerationSettings = field(default_factory=lambda: GenerationSettings(temperature=0.6))
+    gguf: str | None = None
+    """Serve this GGUF file through llama.cpp instead."""
+    host: str = "127.0.0.1"
+    """Address to listen on; 0.0.0.0 opens the server to the network (set a key then)."""
+    port: int = 8000
+    """Port; 0 takes a free one."""
+    name: str | None = None
+    """Name of the model. Default: the run folder's, the GGUF file's or the model's."""
+    domain: str | None = None
+    """Domain pack whose system prompt conversations without one get."""
+    system: str | None = None
+    """System prompt of conversations without one. Default: as trained."""
+    max_waiting: int = 64
+    """Requests that may wait while one is answered; more are sent away with status 503."""
+    serve_key_env: str = "UF_SERVE_API_KEY"
+    """Environment variable with the key that requests must carry; no key is asked for while it is not set."""
+    quantization_bit: Literal[4] | None = None
+    """4 loads the base in NF4. Default: as it was trained."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port <= 65535:
+            raise UsageError(f"--port {self.port}: from 0 to 65535")
+        if self.max_waiting < 0:
+            raise UsageError(f"--max_waiting {self.max_waiting}: 0 or more")
 
 
 @dataclass(frozen=True, kw_only=True)

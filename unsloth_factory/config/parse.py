@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from unsloth_factory.config.aliases import ALIASES, NO_EFFECT, STAGES, TRAINING_ALIASES, VALUE_ALIASES
 from unsloth_factory.config.errors import UsageError
 from unsloth_factory.config.fields import Setting, settings_of
-from unsloth_factory.config.values import BadValue, convert, shortened, without_none
+from unsloth_factory.config.values import BadValue, Names, convert, shortened, without_none
 from unsloth_factory.config.yaml_file import read_yaml
 
 ConfigT = TypeVar("ConfigT")
@@ -188,6 +188,11 @@ def _next_value(key: str, words: list[str], table: dict[str, Setting]) -> Any:
     is_truth = setting is not None and without_none(setting.annotation)[0] is bool
     if not words or words[0].startswith("--"):
         return True if is_truth or setting is None else NO_VALUE
+    if setting is not None and without_none(setting.annotation)[0] is Names:
+        taken = [words.pop(0)]
+        while words and not words[0].startswith("--") and not KEY_VALUE.fullmatch(words[0]):
+            taken.append(words.pop(0))
+        return ",".join(taken)
     if is_truth and words[0].lower() not in ("true", "false", "yes", "no", "on", "off", "0", "1"):
         return True
     return words.pop(0)

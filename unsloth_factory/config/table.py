@@ -31,6 +31,7 @@ COMMANDS = {
     "validate": Command("base against tuned on held-out samples", settings.ValidateConfig, "commands.validate:run"),
     "evaluate": Command("score a benchmark such as C-Eval", settings.EvaluateConfig, "commands.evaluate:run"),
     "chat": Command("talk to the model", settings.ChatConfig, "commands.chat:run"),
+    "serve": Command("answer over HTTP like OpenAI's API", settings.ServeConfig, "commands.serve:run"),
     "merge": Command("write the adapter into 16-bit weights", settings.MergeConfig, "commands.merge:run"),
     "gguf": Command("convert to GGUF and check it", settings.GgufConfig, "commands.gguf:run"),
     "quantize": Command("quantise a GGUF file", settings.QuantizeConfig, "commands.quantize:run"),

@@ -14,6 +14,9 @@ Seconds = NewType("Seconds", float)
 Bytes = NewType("Bytes", int)
 """Annotation of a field that holds an amount of memory: 14.5GiB, 16GB, 8000MiB, or a number of bytes."""
 
+Names = NewType("Names", str)
+"""Annotation of a field that takes several words on the command line; it holds them joined by commas."""
+
 LARGEST_INT = 2**63 - 1  # what torch, numpy and the file formats hold
 TRUE_WORDS = {"true", "yes", "on", "1"}
 FALSE_WORDS = {"false", "no", "off", "0"}

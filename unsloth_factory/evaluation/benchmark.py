@@ -19,8 +19,16 @@ from unsloth_factory.config.errors import UsageError, UserError
 from unsloth_factory.data.readers import read_table
 
 MAX_BYTES = 1 << 20
-Mode = Literal["letter", "text"]
-"""What is scored after the question: the letter of an option, or its whole text."""
+Mode = Literal["letter", "text", "generate"]
+"""What is scored after the question: the letter of an option, its whole text, or what the model answers freely."""
+ASKED_FREELY = {
+    "zh": ("请选出正确答案，并在最后一行写出：答案：X（X 是选项字母）。", "答案：{letter}"),
+    "en": (
+        "Choose the correct answer. End with the line: Answer: X, where X is its letter.",
+        "Answer: {letter}",
+    ),
+}
+"""By language: what is asked behind the options, and how a worked example answers."""
 FOLDER = Path(__file__).parent / "benchmarks"
 TABLES = (".csv", ".tsv", ".xlsx", ".json", ".jsonl", ".parquet")
 _TEXT, _LIST, _TABLE = (str, "a text"), (list, "a list"), (dict, "a mapping")
@@ -45,8 +53,18 @@ class Prompt:
     """One line of {choices}."""
     text_question: str = ""
     """As `question`, where the options' texts are scored. Empty: `question` without its line of {choices}."""
+    generate_question: str = ""
+    """As `question`, where the answer is generated. Empty: `question` up to {choices}, and what is asked for."""
+    generate_answer: str = ""
+    """What a worked example then answers; holds {letter}."""
     delimiter: str = ""
     """Between the prompt and the answer where no chat template separates them."""
+
+    def freely(self, lang: str) -> tuple[str, str]:
+        """(the question's text, the answer of a worked example) where the answer is generated."""
+        request, answer = ASKED_FREELY.get(lang, ASKED_FREELY["en"])
+        question = self.question.split("{choices}")[0] + "{choices}\n\n" + request
+        return self.generate_question or question, self.generate_answer or answer
 
     def template(self, mode: Mode) -> str:
         """The question's text with its places still open."""
@@ -173,7 +191,8 @@ def table_benchmark(path: Path) -> Benchmark:
     if missing:
         raise UserError(
             f"{path} has no column {', '.join(missing)}; it has: {', '.join(columns)}. A table of multiple-choice "
-            "questions has question, A, B (and C, D, ...) and answer, a letter. Other names: write a YAML file."
+            "questions has question, A, B (and C, D, ...) and answer, a letter; one of questions with reference "
+            "answers has question and answer. Other names: write a YAML file."
         )
     prompts = {
         "zh": Prompt(intro="", question="{question}\n{choices}\n答案："),
@@ -274,6 +293,8 @@ def _check(path: Path, benchmark: Benchmark) -> None:
                 raise UserError(f"{path}, field prompts.{lang}.question: {mark} is missing.")
         if "{question}" not in prompt.template("text"):
             raise UserError(f"{path}, field prompts.{lang}.text_question: {{question}} is missing.")
+        if "{letter}" not in prompt.freely(lang)[1]:
+            raise UserError(f"{path}, field prompts.{lang}.generate_answer: {{letter}} is missing.")
 
 
 def select_subjects(benchmark: Benchmark, folder: Path, split: str, wanted: str | None) -> tuple[Subject, ...]:

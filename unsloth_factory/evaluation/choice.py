@@ -149,10 +149,10 @@ def evaluate(
         UserError: Files or subjects that are missing or wrong.
     """
     benchmark = maker.benchmark
-    options = _checked(benchmark, options)
+    options = checked_options(benchmark, options)
     subjects = select_subjects(benchmark, folder, options.split, options.subjects)
     # All files are read before the first question is scored: a broken one is found in seconds, not after an hour.
-    material = [(subject, *_read(benchmark, folder, subject, options)) for subject in subjects]
+    material = [(subject, *read_subject(benchmark, folder, subject, options)) for subject in subjects]
     scored = []
     for done, (subject, shots, questions) in enumerate(material, start=1):
         prompts = maker.subject(subject, shots, questions, options.max_tokens)
@@ -178,7 +178,7 @@ def _scores(scorer: Scorer, subject: str, prompts: list[ChoicePrompt], kept: Kep
     return scores
 
 
-def _checked(benchmark: Benchmark, options: ChoiceOptions) -> ChoiceOptions:
+def checked_options(benchmark: Benchmark, options: ChoiceOptions) -> ChoiceOptions:
     """The options with the benchmark's own split filled in, and no worked examples where there are none."""
     known = (*benchmark.scored_splits, *benchmark.submission_splits)
     options = replace(options, split=options.split or known[0], n_shot=options.n_shot if benchmark.shots_split else 0)
@@ -189,7 +189,7 @@ def _checked(benchmark: Benchmark, options: ChoiceOptions) -> ChoiceOptions:
     return options
 
 
-def _read(
+def read_subject(
     benchmark: Benchmark, folder: Path, subject: Subject, options: ChoiceOptions
 ) -> tuple[list[Question], list[Question]]:
     """(worked examples, questions) of a subject; a worked example that is also asked is left out."""
@@ -252,6 +252,10 @@ def _details(
                 "shots": item.prompts.shots,
                 "group": item.subject.group,
                 **{variant: mean_metric(values[item.subject.name]).value for variant, values in correct.items()},
+                "standard_errors": {
+                    variant: mean_metric(values[item.subject.name]).standard_error
+                    for variant, values in correct.items()
+                },
             }
             for item in scored
         },
@@ -279,6 +283,9 @@ def _notes(benchmark: Benchmark, options: ChoiceOptions, scored: list[_Scored]) 
     cut = sum(item.prompts.cut for item in scored)
     if cut:
         yield f"{cut} questions are longer than the context of {options.max_tokens} tokens: their beginning was cut."
+    known = len(benchmark.subjects)
+    if len(scored) < known:
+        yield f"{len(scored)} of {known} subjects: averages over a part do not compare with those of the whole."
 
 
 def _records(item: _Scored, letters: Sequence[str]) -> Iterator[dict[str, Any]]:

@@ -1,12 +1,13 @@
-"""Benchmarks whose answers are generated: YAML with `kind: generate`, questions with a number as their answer.
+"""Benchmarks whose answers are generated: YAML with `kind: generate`, or a table of questions and reference answers.
 
-The comments of `benchmarks/gsm8k.yaml` explain the keys.
+The comments of `benchmarks/gsm8k.yaml` explain the keys. A table needs a column of questions and one of answers; in
+JSON an answer may be a list, of which any counts.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -14,9 +15,14 @@ from typing import Any
 
 from unsloth_factory.config.errors import UsageError, UserError
 from unsloth_factory.data.readers import read_table
+from unsloth_factory.data.readers.table import Table
+from unsloth_factory.evaluation.answer_scores import SCORERS, Scorer, likely_scorer
 from unsloth_factory.evaluation.benchmark import TABLES, build, read_yaml
 from unsloth_factory.evaluation.numbers import final_number
 
+QUESTIONS = ("question", "prompt", "query", "ask", "instruction", "问题")
+ANSWERS = ("answer", "reference", "response", "output", "答案", "回答")
+"""Names of a table's columns, in order of preference."""
 _CALCULATOR = re.compile(r"<<[^<>\n]*>>")
 
 
@@ -27,12 +33,12 @@ class GenerationPrompt:
     question: str
     """Holds {question}."""
     answer: str
-    """Holds {solution} and {number}."""
+    """Holds {solution} and {number}, the reference answer whatever it is."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationTask:
-    """A benchmark of questions whose answer is one number."""
+    """A benchmark of questions with reference answers."""
 
     kind: str
     name: str
@@ -50,6 +56,9 @@ class GenerationTask:
     scored_splits: tuple[str, ...] = ("test",)
     max_new_tokens: int = 512
     """Longest answer, tokens."""
+    scorer: Scorer = "number"
+    folder: str | None = None
+    """Default folder of the data, relative to the YAML file."""
 
 
 @dataclass(frozen=True)
@@ -60,19 +69,21 @@ class Problem:
     question: str
     solution: str
     written: str
-    """The number as the reference writes it."""
-    number: Fraction
+    """The answer as the reference writes it."""
+    number: Fraction | None
+    """None where it is no number that is asked for."""
+    references: tuple[str, ...] = ()
 
 
 def load_generation_task(name_or_path: str) -> GenerationTask | None:
-    """Read a built-in benchmark by name or a YAML file; None where it is one of multiple choice.
+    """Read a built-in benchmark by name, a YAML file or a table; None where it is one of multiple choice.
 
     Raises:
         UsageError: No such benchmark.
         UserError: The file is broken: it is named, with the field.
     """
     if name_or_path.endswith(TABLES):
-        return None
+        return _table_task(Path(name_or_path).expanduser())
     path, values = read_yaml(name_or_path)
     if "kind" not in values:
         return None
@@ -88,7 +99,11 @@ def load_generation_task(name_or_path: str) -> GenerationTask | None:
         lang: build(GenerationPrompt, path, f"prompts.{lang}", value) for lang, value in prompts.items()
     }
     values["scored_splits"] = tuple(map(str, values.get("scored_splits") or ["test"]))
+    if values.get("folder"):
+        values["folder"] = str((path.parent / str(values["folder"])).resolve())
     task: GenerationTask = build(GenerationTask, path, "", values)
+    if task.scorer not in SCORERS:
+        raise UserError(f"{path}, field scorer: {', '.join(SCORERS)}, not {task.scorer!r}.")
     for lang, prompt in task.prompts.items():
         for name, text, marks in (
             ("question", prompt.question, ["{question}"]),
@@ -101,11 +116,47 @@ def load_generation_task(name_or_path: str) -> GenerationTask | None:
     return task
 
 
+def _table_task(path: Path) -> GenerationTask | None:
+    """The task of a table alone; None where its columns are those of multiple choice, or the file is not there."""
+    if not path.is_file():
+        return None
+    table = read_table(path)
+    names = {"question": _first(QUESTIONS, table), "answer": _first(ANSWERS, table)}
+    if None in names.values() or {"A", "B"} & set(table.columns):
+        return None
+    columns = {role: str(name) for role, name in names.items()}
+    references = [_references(row.get(columns["answer"])) for row in table.readable()]
+    prompt = GenerationPrompt(question="{question}", answer="{number}")
+    return GenerationTask(
+        kind="generate",
+        name=path.stem,
+        version=1,
+        title=path.stem,
+        layout=path.name,
+        prompts={"zh": prompt, "en": prompt},
+        columns=columns,
+        answer_mark="",
+        shots_split="",
+        scorer=likely_scorer(references),
+        folder=str(path.parent.resolve()),
+    )
+
+
+def _first(names: Sequence[str], table: Table) -> str | None:
+    return next((name for name in names if name in table.columns), None)
+
+
+def _references(cell: Any) -> tuple[str, ...]:
+    """What a cell accepts: one text, or each of a list."""
+    items = cell if isinstance(cell, list) else [cell]
+    return tuple(str(item).strip() for item in items if item is not None and str(item).strip())
+
+
 def read_problems(task: GenerationTask, folder: Path, split: str) -> list[Problem]:
     """Read one split.
 
     Raises:
-        UserError: The file or a column is missing, a cell is empty or a reference has no number.
+        UserError: The file or a column is missing, a cell is empty or a reference has no number to compare.
     """
     path = folder / task.layout.format(split=split)
     if not path.is_file():
@@ -124,14 +175,19 @@ def read_problems(task: GenerationTask, folder: Path, split: str) -> list[Proble
 
 
 def _problem(task: GenerationTask, values: Mapping[str, Any], names: Mapping[str, str], source: str) -> Problem:
-    question, reference = (str(values.get(names[role]) or "").strip() for role in ("question", "answer"))
-    if not question:
-        raise UserError(f"{source}: column {names['question']} is empty.")
+    question = str(values.get(names["question"]) or "").strip()
+    references = _references(values.get(names["answer"]))
+    for role, filled in (("question", question), ("answer", references)):
+        if not filled:
+            raise UserError(f"{source}: column {names[role]} is empty.")
+    reference = references[0]
+    if task.scorer != "number":
+        return Problem(source, question, "", reference, None, references)
     solution, mark, written = reference.rpartition(task.answer_mark) if task.answer_mark else ("", "", reference)
     number = final_number(written)
     if number is None or mark != task.answer_mark:
         raise UserError(f"{source}: the answer {reference[-60:]!r} has no number behind {task.answer_mark!r}.")
-    return Problem(source, question, _CALCULATOR.sub("", solution).strip(), written.strip(), number)
+    return Problem(source, question, _CALCULATOR.sub("", solution).strip(), written.strip(), number, references)
 
 
 def check_split(task: GenerationTask, split: str, n_shot: int) -> None:

@@ -55,7 +55,9 @@ class PromptMaker:
     lang: str = "zh"
     thinking: bool | None = False
     mode: Mode = "letter"
-    """`text` does not list the options: each one's text is scored as the answer, and the worked examples end in it."""
+    """`text` does not list the options: each one's text is scored as the answer, and the worked examples end in it.
+
+    `generate` lists them and asks for a letter at the end of a free answer; there are no choices to score."""
 
     def subject(
         self, subject: Subject, shots: Sequence[Question], questions: Sequence[Question], max_tokens: int
@@ -67,7 +69,7 @@ class PromptMaker:
         """
         for count in range(len(shots), -1, -1):
             prompts = [self.encode(subject, shots[:count], question) for question in questions]
-            if all(len(prompt.ids) + len(max(prompt.choices, key=len)) <= max_tokens for prompt in prompts):
+            if all(len(prompt.ids) + len(max(prompt.choices, key=len, default=[])) <= max_tokens for prompt in prompts):
                 return SubjectPrompts(prompts, count, 0)
         fitted = [_cut(prompt, max_tokens) for prompt in prompts]
         return SubjectPrompts(fitted, 0, sum(new is not old for new, old in zip(fitted, prompts, strict=True)))
@@ -78,7 +80,7 @@ class PromptMaker:
         intro = self.benchmark.prompt(self.lang).intro.replace("{subject}", subject.title(self.lang))
         texts[0] = intro + texts[0]
         answers = [dict(self._choices(shot))[str(shot.answer)] for shot in shots]
-        asked = [text for _, text in self._choices(question)]
+        asked = [] if self.mode == "generate" else [text for _, text in self._choices(question)]
         if self.template is None:
             delimiter = self.benchmark.prompt(self.lang).delimiter
             rendered = _one_text(texts, [delimiter + answer for answer in answers])
@@ -87,6 +89,8 @@ class PromptMaker:
             turns = self._turns(texts, answers)
             rendered = self.template.render_prompt(turns, self.thinking)
             ids = list(self.template.encode_prompt(turns, self.thinking))
+            if not asked:
+                return ChoicePrompt(ids, [], rendered)
             tail = _after_last(rendered, self.template.control_tokens)
             joined = continuations(self.template.encode_text, ids, tail, asked)
             kept, choices = joined or (ids, [self.template.encode_text(text) for text in asked])
@@ -95,6 +99,9 @@ class PromptMaker:
     def _choices(self, question: Question) -> list[tuple[str, str]]:
         """(letter, text that answers) of each option."""
         letters = self.benchmark.letters
+        if self.mode == "generate":
+            _, answer = self.benchmark.prompt(self.lang).freely(self.lang)
+            return [(letter, answer.replace("{letter}", letter)) for letter in letters]
         return list(zip(letters, letters if self.mode == "letter" else question.options, strict=True))
 
     def _plain(self, text: str, choices: list[str]) -> tuple[list[int], list[list[int]]]:
@@ -115,7 +122,8 @@ class PromptMaker:
             for letter, option in zip(letters, question.options, strict=True)
         ]
         # Not str.format: the template is applied to the question, never the question to the template.
-        return prompt.template(self.mode).replace("{choices}", "\n".join(lines)).replace("{question}", question.text)
+        text = prompt.freely(self.lang)[0] if self.mode == "generate" else prompt.template(self.mode)
+        return text.replace("{choices}", "\n".join(lines)).replace("{question}", question.text)
 
     def _turns(self, texts: list[str], answers: list[str]) -> tuple[Turn, ...]:
         if self.benchmark.shots_as == "prompt":
@@ -138,7 +146,7 @@ def _after_last(text: str, marks: Sequence[str]) -> str:
 
 
 def _cut(prompt: ChoicePrompt, max_tokens: int) -> ChoicePrompt:
-    room = max_tokens - len(max(prompt.choices, key=len))
+    room = max_tokens - len(max(prompt.choices, key=len, default=[]))
     if room < 1:
         raise UserError(f"The model's context of {max_tokens} tokens is too short for any question.")
     if len(prompt.ids) <= room:

@@ -244,10 +244,17 @@ def _records(samples: Sequence[Sample], answers: Mapping[str, list[Answer]]) -> 
             "source": sample.source,
             "question": sample.question,
             "reference": sample.reference,
+            **_earlier(sample),
             **{variant: _record(given[i]) for variant, given in answers.items()},
         }
         for i, sample in enumerate(samples)
     ]
+
+
+def _earlier(sample: Sample) -> dict[str, Any]:
+    """The turns before the question, for whoever judges its answer; nothing where it opens the conversation."""
+    turns = [{"role": turn.role, "content": turn.content} for turn in sample.prompt if turn.role != "system"]
+    return {"earlier": turns[:-1]} if len(turns) > 1 else {}
 
 
 def _record(answer: Answer) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from unsloth_factory.config.errors import UserError
 from unsloth_factory.inference.decoder import Decoder, evaluating
 from unsloth_factory.inference.sampling import GREEDY, Sampling, choose, row_streams
+from unsloth_factory.inference.thinking import ThinkingBudget
 from unsloth_factory.model.loaded import LoadedModel
 
 Progress = Callable[[int, int], None]
@@ -37,6 +38,7 @@ def generate(
     sampling: Sampling = GREEDY,
     batch_size: int = 8,
     on_progress: Progress | None = None,
+    thinking: ThinkingBudget | None = None,
 ) -> list[Generation]:
     """Answer every prompt.
 
@@ -48,15 +50,17 @@ def generate(
         sampling: Greedy by default.
         batch_size: Answers computed together.
         on_progress: Called with (answers done, all).
+        thinking: Closes the thinking of an answer that goes on beyond it; `max_new_tokens` are then for what follows.
 
     Raises:
         UserError: A prompt leaves no room for an answer in the model's context.
     """
-    budgets = [_budget(loaded, prompt, max_new_tokens) for prompt in prompts]
+    longest = max_new_tokens + (thinking.tokens + len(thinking.closing_ids) if thinking else 0)
+    budgets = [_budget(loaded, prompt, longest) for prompt in prompts]
     results: dict[int, Generation] = {}
     with evaluating(loaded):
         for batch in length_batches([len(prompt) for prompt in prompts], batch_size):
-            answers = _Answers(batch, [budgets[row] for row in batch], frozenset(stop_ids))
+            answers = _Answers(batch, [budgets[row] for row in batch], frozenset(stop_ids), thinking)
             _run_batch(loaded, [prompts[row] for row in batch], answers, sampling)
             results |= answers.finished
             if on_progress:
@@ -102,12 +106,33 @@ def _budget(loaded: LoadedModel, prompt: Sequence[int], max_new_tokens: int) -> 
 class _Answers:
     """Which rows of one batch still grow, and what they have grown to."""
 
-    def __init__(self, rows: Sequence[int], budgets: Sequence[int], stop_ids: frozenset[int]) -> None:
+    def __init__(
+        self,
+        rows: Sequence[int],
+        budgets: Sequence[int],
+        stop_ids: frozenset[int],
+        thinking: ThinkingBudget | None = None,
+    ) -> None:
         self.rows = list(rows)
         self.finished: dict[int, Generation] = {}
         self._budgets = dict(zip(rows, budgets, strict=True))
         self._ids: dict[int, list[int]] = {row: [] for row in rows}
         self._stop_ids = stop_ids
+        self._thinking = thinking
+        self._forced: dict[int, list[int]] = {}
+
+    def forced(self, tokens: Sequence[int]) -> list[int]:
+        """The tokens, with those that end the thinking of a row whose budget is used up in the place of its own."""
+        if self._thinking is None:
+            return list(tokens)
+        for row in self.rows:
+            ids = self._ids[row]
+            if row not in self.finished and len(ids) == self._thinking.tokens and self._thinking.is_thinking(ids):
+                self._forced[row] = list(self._thinking.closing_ids)
+        return [
+            self._forced[row].pop(0) if self._forced.get(row) else token
+            for row, token in zip(self.rows, tokens, strict=True)
+        ]
 
     def add(self, tokens: Sequence[int]) -> None:
         """Take the newest token of each computed row; a finished row's is ignored."""
@@ -130,7 +155,7 @@ def _run_batch(loaded: LoadedModel, prompts: list[list[int]], answers: _Answers,
     streams = row_streams(sampling, answers.rows)
     decoder = Decoder(loaded, prompts)
     while True:
-        tokens = choose(decoder.logits, sampling, streams)
+        tokens = answers.forced(choose(decoder.logits, sampling, streams))
         answers.add(tokens)
         slots = answers.open_slots()
         if not slots:

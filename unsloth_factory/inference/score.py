@@ -8,7 +8,8 @@ the log-probabilities of the choices' own tokens alone are kept.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,8 @@ from unsloth_factory.model.loaded import LoadedModel
 
 MIN_PREFIX = 32
 """A shorter common prefix is not worth a pass of its own, tokens."""
+LONG = 256
+"""Continuations of more tokens than this go through the output projection one at a time."""
 PADDING = 0.15
 """Most padding in a batch, as a share of its positions: beyond it, computing less beats computing together."""
 
@@ -63,6 +66,72 @@ def choice_logprobs(
             if on_progress:
                 on_progress(int((~np.isnan(scores).any(axis=1)).sum()), len(prompts))
     return scores
+
+
+def continuation_logprobs(
+    loaded: LoadedModel,
+    requests: Sequence[tuple[list[int], list[int]]],
+    *,
+    batch_size: int = 8,
+    on_progress: Progress | None = None,
+) -> list[tuple[float, bool]]:
+    """Log-probability of each continuation after its context, and whether greedy decoding would say just that.
+
+    Requests whose contexts begin alike share that beginning; continuations of one token share their context's row.
+
+    Args:
+        loaded: The model.
+        requests: n pairs of context and continuation, token ids, at least one each.
+        batch_size: Rows computed together; a row of a long continuation (perplexity) goes alone.
+        on_progress: Called with (requests done, n).
+
+    Returns:
+        n pairs (sum of log-probabilities, all of its tokens are the likeliest).
+    """
+    wanted: dict[tuple[tuple[int, ...], int], list[int]] = {}  # (row's tokens, how many of them are continuation)
+    for index, (context, continuation) in enumerate(requests):
+        key = ((*context, *continuation[:-1]), len(continuation) - 1)
+        wanted.setdefault(key, []).append(index)
+    groups: dict[tuple[int, ...], list[tuple[tuple[int, ...], int]]] = {}
+    for tokens, extra in wanted:
+        start = tokens[: min(MIN_PREFIX, len(tokens) - extra)]
+        groups.setdefault(start, []).append((tokens, extra))
+    results: list[tuple[float, bool]] = [(math.nan, False)] * len(requests)
+    done = 0
+    with evaluating(loaded), torch.inference_mode():
+        for rows in groups.values():
+            for batch, logits in _group_logits(loaded, rows, batch_size):
+                for slot, row in enumerate(batch):
+                    for index in wanted[row]:
+                        results[index] = _continuation(requests[index][1], logits[slot])
+                        done += 1
+                if on_progress:
+                    on_progress(done, len(requests))
+    return results
+
+
+def _group_logits(
+    loaded: LoadedModel, rows: list[tuple[tuple[int, ...], int]], batch_size: int
+) -> Iterator[tuple[list[tuple[tuple[int, ...], int]], torch.Tensor]]:
+    """Batches of rows that begin alike, with the logits at their last positions, [B, last, V]."""
+    prefix = _common_prefix([list(tokens[: len(tokens) - extra]) for tokens, extra in rows])
+    cache = _prefill(loaded, list(rows[0][0][:prefix])) if prefix else None
+    for few in (True, False):
+        part = [row for row in rows if (row[1] < LONG) == few]
+        size = batch_size if few else 1
+        for places in _batches([len(tokens) - prefix for tokens, _ in part], size):
+            batch = [part[place] for place in places]
+            last = 1 + max(extra for _, extra in batch)
+            tails = [list(tokens[prefix:]) for tokens, _ in batch]
+            yield batch, _tail_logits(loaded, tails, cache, prefix, last)
+
+
+def _continuation(continuation: list[int], logits: torch.Tensor) -> tuple[float, bool]:
+    """Sum of log-probabilities of a continuation whose last token the last row of logits [last, V] predicts."""
+    own = logits[logits.shape[0] - len(continuation) :].float()
+    tokens = torch.tensor(continuation, device=own.device)
+    chosen = own.gather(1, tokens.unsqueeze(1)).squeeze(1) - own.logsumexp(dim=-1)
+    return float(chosen.double().sum()), bool((own.argmax(dim=-1) == tokens).all())
 
 
 def _extensions(choices: Sequence[list[int]]) -> list[tuple[int, ...]]:

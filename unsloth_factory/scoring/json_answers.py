@@ -195,7 +195,10 @@ class _Reader:
             return self._string()
         if (number := NUMBER.match(self.text, self.at)) is not None:
             self.at = number.end()
-            return json.loads(number.group())
+            try:
+                return json.loads(number.group())
+            except ValueError:  # thousands of digits, as a model that is caught in a loop writes
+                raise _UnreadableError from None
         word = WORD.match(self.text, self.at)
         if word is None or word.group() not in WORDS:
             raise _UnreadableError
@@ -295,6 +298,6 @@ def _plain(value: Any) -> str:
     if isinstance(value, bool) or value is None or isinstance(value, (dict, list)):
         return json.dumps(value)  # the last two are empty here
     if isinstance(value, (int, float)):
-        return repr(int(value)) if float(value).is_integer() else repr(value)
+        return repr(int(value)) if isinstance(value, int) or value.is_integer() else repr(value)
     # "无。" and "无" say the same; a string of punctuation alone says what it says
     return normalize_answer(value) or value.strip()
