@@ -348,6 +348,24 @@ def test_stopping_breaks_the_answer_off_and_sends_the_waiting_away():
     assert sorted(map(str, found)) == ["503", "broken off"]
 
 
+def test_stopping_waits_for_every_thread_but_not_for_idle_connections():
+    with served(Model("a" * 90, pause=0.02)) as server:
+        idle = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=5)
+        idle.request("GET", "/health")
+        idle.getresponse().read()
+        threading.Thread(target=lambda: _status(server), daemon=True).start()
+        time.sleep(0.2)
+        threads = list(server._connections)
+        assert len(threads) == 2
+        server.shutdown()
+        started = time.monotonic()
+        server.stop(5.0)
+        assert time.monotonic() - started < 2.0
+        assert not any(thread.is_alive() for thread in threads)
+        assert server._connections == {}
+        idle.close()
+
+
 def _status(server):
     try:
         return chat(server)[0]

@@ -8,6 +8,7 @@ import secrets
 import select
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
@@ -53,6 +54,7 @@ class ModelServer(ThreadingHTTPServer):
     ) -> None:
         self.engine, self.defaults, self.key, self.on_request = engine, defaults, key, on_request
         self.queue = Queue(most_waiting)
+        self._connections: dict[threading.Thread, socket.socket] = {}
         self.made = int(time.time())
         self.local = address[0] in LOOPBACK
         if ":" in address[0]:
@@ -71,10 +73,32 @@ class ModelServer(ThreadingHTTPServer):
         if not isinstance(sys.exception(), (ConnectionError, TimeoutError)):
             super().handle_error(request, client_address)
 
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """A thread for the connection, as the base class does; it is remembered while it runs."""
+        thread = threading.Thread(target=self.process_request_thread, args=(request, client_address), daemon=True)
+        self._connections[thread] = request
+        thread.start()
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        """The whole life of a connection."""
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._connections.pop(threading.current_thread(), None)
+
     def stop(self, seconds: float = 10.0) -> None:
-        """After `serve_forever` has ended: break off what is answered, and close."""
+        """After `serve_forever` has ended: break off what is answered, and close.
+
+        The threads are waited for: one that is inside of torch when the interpreter ends would abort the process.
+        """
+        deadline = time.monotonic() + seconds
         self.queue.close(seconds)
         self.server_close()
+        for thread, connection in list(self._connections.items()):
+            with suppress(OSError):
+                connection.shutdown(socket.SHUT_RD)  # a client that keeps its connection open is not waited for
+            with suppress(RuntimeError):  # the signal came before it was started
+                thread.join(max(0.0, deadline - time.monotonic()))
 
 
 class Handler(BaseHTTPRequestHandler):
