@@ -135,3 +135,21 @@ def tiny_ggufs(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -
     source = convert(tiny_model_dir, folder / "tiny-f16.gguf", GgufOptions(check=False)).path
     made = quantize(source, folder, ["q8_0", "q4_0"], threads=1)
     return {"f16": source, **{result.figures["type"]: result.path for result in made}}
+
+
+@pytest.fixture(scope="session")
+def encoder_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random BERT of three layers; its tokenizer names no longest text, as some published ones do not."""
+    import torch
+    from transformers import BertConfig, BertModel, BertTokenizerFast
+
+    folder = tmp_path_factory.mktemp("encoder")
+    letters = [chr(code) for code in range(97, 123)]
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *map(chr, range(0x4E00, 0x4E40)), *letters]
+    (folder / "vocab.txt").write_text("\n".join([*words, *(f"##{letter}" for letter in letters)]), encoding="utf-8")
+    BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 64}
+    size = len(words) + len(letters)
+    BertModel(BertConfig(vocab_size=size, max_position_embeddings=64, **sizes)).save_pretrained(folder)
+    return folder

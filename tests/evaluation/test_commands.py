@@ -84,6 +84,22 @@ def test_validate_answers_as_base_and_as_tuned_from_one_load(run_folder, capsys,
     assert "validation.json" in printed
 
 
+def test_answers_compared_by_an_encoder(run_folder, encoder_dir, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("bert_score", reason="BERTScore is part of the extra `eval`")
+    settings = {"source": FinishedRun(run=str(run_folder.path)), "generation": SHORT, "save_dir": str(tmp_path)}
+    assert validate.run(ValidateConfig(**settings, bertscore=str(encoder_dir), bertscore_layer=2)) == 0
+    report = json.loads((tmp_path / "validation.json").read_text())
+    for variant in ("base", "tuned"):
+        assert 0 < report["metrics"][variant]["BERTScore F1"]["value"] < 1
+    assert "BERTScore F1" in report["comparisons"]
+    assert any("layer 2, no idf" in note for note in report["notes"])
+    assert "BERTScore F1" in (tmp_path / "validation.html").read_text()
+    monkeypatch.setattr(validate, "load_source", None)  # refused before anything is loaded
+    for wrong, message in ((str(tmp_path / "none"), "is no folder"), (str(tmp_path), "holds no encoder")):
+        with pytest.raises(UsageError, match=message):
+            validate.run(ValidateConfig(**settings, bertscore=wrong))
+
+
 def test_validate_a_dataset_without_a_run(random_model_dir, tmp_path, capsys):
     data = tmp_path / "qa.jsonl"
     data.write_text('{"question": "你好", "answer": "你好。"}\n', encoding="utf-8")

@@ -76,8 +76,12 @@ class ValidateConfig:
     reviewing: ReviewSettings = field(default_factory=ReviewSettings)
     max_samples: int = 100
     """Validation samples to answer."""
-    batch_size: int = 8
-    """Answers generated together."""
+    batch_size: int | None = None
+    """Answers generated together. Default: 8 on a GPU, 32 on a CPU."""
+    bertscore: str | None = None
+    """Folder of an encoder (such as bert-base-chinese) by whose vectors answers are compared with references."""
+    bertscore_layer: int | None = None
+    """Its layer. Default: the published choice for a folder of that name, else the last."""
     save_dir: str | None = None
     """Folder of the results. Default: validation_results in the run folder."""
     quantization_bit: Literal[4] | None = None

@@ -24,6 +24,7 @@ from unsloth_factory.scoring.labels import AVERAGES
 
 SEVERITIES = ("critical", "major", "minor")
 PERPLEXITY = "reference perplexity"
+BERTSCORE = "BERTScore F1"
 DIRECTIONS: Mapping[str, Direction] = {
     "exact match": "higher",
     "label accuracy": "higher",
@@ -37,6 +38,7 @@ DIRECTIONS: Mapping[str, Direction] = {
     "ROUGE-1": "higher",
     "ROUGE-2": "higher",
     "ROUGE-L": "higher",
+    BERTSCORE: "higher",
     PERPLEXITY: "lower",
     "term coverage": "higher",
     "association coverage": "higher",

@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from unsloth_factory.evaluation.answers import BINARY, DIRECTIONS, PERPLEXITY, Answer, Sample
+from unsloth_factory.evaluation.answers import BERTSCORE, BINARY, DIRECTIONS, PERPLEXITY, Answer, Sample
 from unsloth_factory.evaluation.report import Comparison, Direction, Metric, Verdict
 from unsloth_factory.inference.perplexity import AnswerLoss
 from unsloth_factory.scoring import mcnemar, normalize_answer
+from unsloth_factory.scoring.bertscore import BertScorer
 from unsloth_factory.scoring.bootstrap import (
     OfSums,
     Statistic,
@@ -72,6 +73,15 @@ def complete(answer: Answer, sample: Sample, loss: AnswerLoss | None, labels: Se
         if wrong:
             remarks.append(f"wrong fields: {', '.join(wrong)}" if found else "no readable JSON object")
     return replace(answer, scores=scores, remarks=(*answer.remarks, *remarks))
+
+
+def with_similarity(answers: Sequence[Answer], references: Sequence[str], scorer: BertScorer) -> list[Answer]:
+    """The answers with their BERTScore."""
+    values = scorer([answer.text for answer in answers], references)
+    return [
+        replace(answer, scores={**answer.scores, BERTSCORE: value})
+        for answer, value in zip(answers, values, strict=True)
+    ]
 
 
 def measures(

@@ -10,7 +10,7 @@ from typing import Any
 
 from unsloth_factory.config.errors import UserError
 from unsloth_factory.data.template import ChatTemplate
-from unsloth_factory.evaluation.answers import Answer, Sample, badness, problems, read_answer
+from unsloth_factory.evaluation.answers import BERTSCORE, Answer, Sample, badness, problems, read_answer
 from unsloth_factory.evaluation.causes import Evidence, likely_causes
 from unsloth_factory.evaluation.measures import (
     Measure,
@@ -21,6 +21,7 @@ from unsloth_factory.evaluation.measures import (
     library_notes,
     measures,
     metrics,
+    with_similarity,
 )
 from unsloth_factory.evaluation.references import Losses
 from unsloth_factory.evaluation.report import EvalReport
@@ -31,6 +32,7 @@ from unsloth_factory.inference.sampling import GREEDY, Sampling
 from unsloth_factory.knowledge import DomainPack
 from unsloth_factory.model.loaded import LoadedModel
 from unsloth_factory.scoring import normalize_answer
+from unsloth_factory.scoring.bertscore import BertScorer
 from unsloth_factory.scoring.labels import detect_labels, label_advice
 
 WORST = 5
@@ -49,6 +51,8 @@ class Questions:
     max_new_tokens: int = 512
     sampling: Sampling = GREEDY
     batch_size: int = 8
+    similarity: BertScorer | None = None
+    """Compares answers with references by the vectors of an encoder."""
 
 
 @dataclass(frozen=True)
@@ -162,8 +166,12 @@ def validate(
             )
             for generation, sample, loss in zip(made, samples, surprises[variant], strict=True)
         ]
+        if questions.similarity:
+            answers[variant] = with_similarity(answers[variant], references, questions.similarity)
         measured[variant] = measures(answers[variant], surprises[variant], references, labels)
     notes = library_notes()
+    if questions.similarity:
+        notes.append(f"{BERTSCORE}: {questions.similarity.signature}.")
     if labels:
         advice = label_advice([normalize_answer(reference) for reference in references])
         notes.append(f"A label task ({len(labels)} labels: {', '.join(labels)}); {advice}")
