@@ -26,7 +26,9 @@ def chain(tmp_path_factory: pytest.TempPathFactory) -> Chain:
     made.run(
         "evaluate", "evaluate", *run, "--task_dir", DEMO / "mini_ceval", "--subjects", "law", "--n_shot", 2
     )  # fmt: skip
-    made.run("chat", "chat", *run, "--max_new_tokens", 16, stdin="听澜中心在哪里？\nclear\n你好\nexit\n")
+    made.run(
+        "chat", "chat", *run, "--max_new_tokens", 16, "--temperature", 0, stdin="听澜中心在哪里？\nclear\n你好\nexit\n"
+    )
     made.run("merge", "merge", *run)
     made.run("gguf", "gguf", *run)
     made.run("quantize", "quantize", *run, "--types", "q4_k_m,q8_0")
