@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from unsloth_factory.config.errors import UsageError, UserError
-from unsloth_factory.evaluation.benchmark import load_benchmark
-from unsloth_factory.evaluation.choice import ChoiceOptions, evaluate
-from unsloth_factory.evaluation.prompts import PromptMaker
-from unsloth_factory.evaluation.questions import read_questions
+from unsloth_factory.evaluation.choice.benchmark import load_benchmark
+from unsloth_factory.evaluation.choice.prompts import PromptMaker
+from unsloth_factory.evaluation.choice.questions import read_questions
+from unsloth_factory.evaluation.choice.scored import ChoiceOptions, evaluate
 
 LETTERS = "ABCD"
 KEYS = {"anatomy": "BDAC", "virology": "AAD"}

@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 
-from unsloth_factory.evaluation.answers import PERPLEXITY, Answer, Sample
-from unsloth_factory.evaluation.causes import Evidence, likely_causes
 from unsloth_factory.evaluation.report import Comparison
+from unsloth_factory.evaluation.validation.answers import PERPLEXITY, Answer, Sample
+from unsloth_factory.evaluation.validation.causes import Evidence, likely_causes
 from unsloth_factory.inference.perplexity import AnswerLoss
 
 FINE = Answer("低盐饮食", None, (), True, 4, None, (), {})

@@ -13,10 +13,10 @@ import yaml
 
 from unsloth_factory.config.errors import UsageError, UserError
 from unsloth_factory.evaluation.averages import compare, compare_accuracies, macro_metric, mean_metric
-from unsloth_factory.evaluation.benchmark import Subject, load_benchmark, select_subjects
-from unsloth_factory.evaluation.choice import ChoiceOptions, evaluate, logits_scorer
-from unsloth_factory.evaluation.prompts import PromptMaker, continuations
-from unsloth_factory.evaluation.questions import Question, read_questions
+from unsloth_factory.evaluation.choice.benchmark import Subject, load_benchmark, select_subjects
+from unsloth_factory.evaluation.choice.prompts import PromptMaker, continuations
+from unsloth_factory.evaluation.choice.questions import Question, read_questions
+from unsloth_factory.evaluation.choice.scored import ChoiceOptions, evaluate, logits_scorer
 from unsloth_factory.evaluation.report import Metric
 
 LETTERS = "ABCD"

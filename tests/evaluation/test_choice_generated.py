@@ -13,11 +13,11 @@ from unsloth_factory.commands import evaluate as command
 from unsloth_factory.config.commands import EvaluateConfig
 from unsloth_factory.config.errors import UsageError, UserError
 from unsloth_factory.config.settings import ModelSettings
-from unsloth_factory.evaluation.benchmark import load_benchmark
-from unsloth_factory.evaluation.choice import ChoiceOptions
-from unsloth_factory.evaluation.choice_generated import evaluate_choices_generated
-from unsloth_factory.evaluation.kept_answers import KeptAnswers
-from unsloth_factory.evaluation.prompts import PromptMaker
+from unsloth_factory.evaluation.choice.benchmark import load_benchmark
+from unsloth_factory.evaluation.choice.generated import evaluate_choices_generated
+from unsloth_factory.evaluation.choice.prompts import PromptMaker
+from unsloth_factory.evaluation.choice.scored import ChoiceOptions
+from unsloth_factory.evaluation.generated.kept_answers import KeptAnswers
 from unsloth_factory.inference.generate import Generation
 
 KEYS = {"herbs": "ACDBBADC", "bones": "AAB"}
@@ -227,7 +227,7 @@ def test_through_the_command(task, random_model_dir, tmp_path, capsys, monkeypat
     thoughtful, _ = run(think_chain=True, thinking_budget=4, subjects="bones")
     assert thoughtful["settings"]["thinking_budget"] == 4
     assert "were there" not in capsys.readouterr().out
-    monkeypatch.setattr("unsloth_factory.commands.evaluate_free.load_source", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr("unsloth_factory.commands.evaluating.free.load_source", lambda *_: pytest.fail("loaded"))
     for change, message in (
         ({"no_chat_template": True}, "needs the chat template"),
         ({"max_samples": 3}, "--subjects takes a part"),

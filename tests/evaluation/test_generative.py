@@ -11,9 +11,9 @@ from unsloth_factory.commands import evaluate as command
 from unsloth_factory.config.commands import EvaluateConfig
 from unsloth_factory.config.errors import UsageError, UserError
 from unsloth_factory.config.settings import ModelSettings
-from unsloth_factory.evaluation.generation_task import load_generation_task, read_problems
-from unsloth_factory.evaluation.generative import GenerativeOptions, evaluate_generated
-from unsloth_factory.evaluation.numbers import final_number
+from unsloth_factory.evaluation.generated.generation_task import load_generation_task, read_problems
+from unsloth_factory.evaluation.generated.generative import GenerativeOptions, evaluate_generated
+from unsloth_factory.evaluation.generated.numbers import final_number
 from unsloth_factory.inference.generate import Generation
 
 THINK = "想"

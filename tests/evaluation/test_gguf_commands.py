@@ -12,7 +12,7 @@ from unsloth_factory.commands import chat, validate
 from unsloth_factory.config.commands import ChatConfig, ValidateConfig
 from unsloth_factory.config.errors import UsageError, UserError
 from unsloth_factory.config.settings import DataSettings, FinishedRun, GenerationSettings, ModelSettings
-from unsloth_factory.evaluation import validate as evaluation
+from unsloth_factory.evaluation.validation import validate as evaluation
 from unsloth_factory.inference.generate import Generation
 from unsloth_factory.run.folder import RunFolder, RunManifest
 

@@ -16,9 +16,9 @@ from unsloth_factory.commands.source import resolve_source
 from unsloth_factory.config.commands import EvaluateConfig
 from unsloth_factory.config.errors import UsageError, UserError
 from unsloth_factory.config.settings import FinishedRun, ModelSettings
-from unsloth_factory.evaluation.agreement import agreement
+from unsloth_factory.evaluation.choice.prompts import ChoicePrompt
+from unsloth_factory.evaluation.compare.agreement import agreement
 from unsloth_factory.evaluation.gguf_file import TokenComparison
-from unsloth_factory.evaluation.prompts import ChoicePrompt
 from unsloth_factory.inference.llama_cpp import LlamaCpp
 from unsloth_factory.run.atomic import sha256
 

@@ -11,10 +11,10 @@ import pytest
 from unsloth_factory.commands import evaluate as command
 from unsloth_factory.config.commands import EvaluateConfig
 from unsloth_factory.config.settings import FinishedRun, ModelSettings, TuningSettings
-from unsloth_factory.evaluation.benchmark import load_benchmark
-from unsloth_factory.evaluation.choice import ChoiceOptions, evaluate
-from unsloth_factory.evaluation.kept_scores import KeptScores
-from unsloth_factory.evaluation.prompts import PromptMaker
+from unsloth_factory.evaluation.choice.benchmark import load_benchmark
+from unsloth_factory.evaluation.choice.kept_scores import KeptScores
+from unsloth_factory.evaluation.choice.prompts import PromptMaker
+from unsloth_factory.evaluation.choice.scored import ChoiceOptions, evaluate
 from unsloth_factory.model.load import load_model
 from unsloth_factory.run.folder import RunFolder, RunManifest
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from unsloth_factory.evaluation.letters import chosen_letter
+from unsloth_factory.evaluation.choice.letters import chosen_letter
 
 OPTIONS = ("高盐饮食", "低盐饮食", "多喝酒", "熬夜")
 ANSWERS = [

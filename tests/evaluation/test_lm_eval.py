@@ -16,9 +16,9 @@ import pytest
 
 from unsloth_factory.config.settings import ModelSettings
 from unsloth_factory.data.template import ChatTemplate
-from unsloth_factory.evaluation.benchmark import load_benchmark
-from unsloth_factory.evaluation.choice import ChoiceOptions, evaluate, model_scorers
-from unsloth_factory.evaluation.prompts import PromptMaker
+from unsloth_factory.evaluation.choice.benchmark import load_benchmark
+from unsloth_factory.evaluation.choice.prompts import PromptMaker
+from unsloth_factory.evaluation.choice.scored import ChoiceOptions, evaluate, model_scorers
 from unsloth_factory.model.load import load_model
 
 pytestmark = pytest.mark.peer

@@ -13,7 +13,7 @@ from unsloth_factory.config.commands import EvaluateConfig
 from unsloth_factory.config.errors import UsageError, UserError
 from unsloth_factory.config.settings import FinishedRun, ModelSettings, TuningSettings
 from unsloth_factory.data.template import ChatTemplate
-from unsloth_factory.evaluation import lm_harness
+from unsloth_factory.evaluation.harness import model as lm_harness
 from unsloth_factory.model.load import load_model
 from unsloth_factory.run.folder import RunFolder, RunManifest
 
@@ -176,7 +176,7 @@ def fabricated(share: dict[str, str], *, weighted: bool) -> dict:
 
 @pytest.mark.parametrize("weighted", [True, False])
 def test_a_group_is_compared_as_it_is_averaged(weighted):
-    from unsloth_factory.evaluation import harness_report
+    from unsloth_factory.evaluation.harness import report as harness_report
 
     shares = {"base": {"a": "11111111", "b": "01"}, "tuned": {"a": "00000001", "b": "01"}}
     results = {variant: fabricated(share, weighted=weighted) for variant, share in shares.items()}

@@ -10,15 +10,16 @@ from pathlib import Path
 import pytest
 
 from unsloth_factory.commands import evaluate as command
-from unsloth_factory.commands import evaluate_many, source
+from unsloth_factory.commands import source
+from unsloth_factory.commands.evaluating import many as evaluate_many
 from unsloth_factory.config.commands import EvaluateConfig
 from unsloth_factory.config.errors import UsageError, UserError
 from unsloth_factory.config.parse import parse
 from unsloth_factory.config.settings import FinishedRun, ModelSettings, TuningSettings
-from unsloth_factory.evaluation import forgetting, selection
-from unsloth_factory.evaluation.outcome import Outcome, paired, read_outcome
+from unsloth_factory.evaluation.compare import forgetting, selection
+from unsloth_factory.evaluation.compare.outcome import Outcome, paired, read_outcome
+from unsloth_factory.evaluation.compare.selection import Candidate, select
 from unsloth_factory.evaluation.report import Comparison, Metric
-from unsloth_factory.evaluation.selection import Candidate, select
 from unsloth_factory.model.load import load_model
 from unsloth_factory.run.folder import RunFolder, RunManifest
 

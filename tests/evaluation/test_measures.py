@@ -7,9 +7,16 @@ import math
 import numpy as np
 import pytest
 
-from unsloth_factory.evaluation import measures as module
-from unsloth_factory.evaluation.answers import DIRECTIONS, PERPLEXITY, Answer, Sample
-from unsloth_factory.evaluation.measures import comparisons, complete, field_table, library_notes, measures, metrics
+from unsloth_factory.evaluation.validation import measures as module
+from unsloth_factory.evaluation.validation.answers import DIRECTIONS, PERPLEXITY, Answer, Sample
+from unsloth_factory.evaluation.validation.measures import (
+    comparisons,
+    complete,
+    field_table,
+    library_notes,
+    measures,
+    metrics,
+)
 from unsloth_factory.inference.perplexity import AnswerLoss
 
 

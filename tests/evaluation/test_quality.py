@@ -20,11 +20,11 @@ from unsloth_factory.config.settings import DataSettings, FinishedRun, GateSetti
 from unsloth_factory.data.split import write_validation_split
 from unsloth_factory.data.template import ChatTemplate
 from unsloth_factory.data.types import Conversation, TokenSample, Turn
-from unsloth_factory.evaluation import quality as measuring
-from unsloth_factory.evaluation.gate import FileQuality, Value, judge, pick, quality_values
-from unsloth_factory.evaluation.kept_quality import KeptQuality
-from unsloth_factory.evaluation.quality import TokenScores, answer_samples, score_file, score_reference
-from unsloth_factory.evaluation.quality_pages import QualityReport, html_page, markdown_page, quality_table
+from unsloth_factory.evaluation.quality import token_scores as measuring
+from unsloth_factory.evaluation.quality.gate import FileQuality, Value, judge, pick, quality_values
+from unsloth_factory.evaluation.quality.kept import KeptQuality
+from unsloth_factory.evaluation.quality.pages import QualityReport, html_page, markdown_page, quality_table
+from unsloth_factory.evaluation.quality.token_scores import TokenScores, answer_samples, score_file, score_reference
 from unsloth_factory.inference.llama_cpp import LlamaCpp
 from unsloth_factory.inference.perplexity import answer_losses
 from unsloth_factory.model.load import load_model

@@ -11,10 +11,10 @@ from rich.console import Console
 
 from unsloth_factory.config.errors import UserError
 from unsloth_factory.data.types import Conversation, Turn
-from unsloth_factory.evaluation import validate as module
-from unsloth_factory.evaluation.answers import Sample, problems, read_answer, samples_of
 from unsloth_factory.evaluation.tables import print_report, print_worst
-from unsloth_factory.evaluation.validate import Questions, model_answerers, validate
+from unsloth_factory.evaluation.validation import validate as module
+from unsloth_factory.evaluation.validation.answers import Sample, problems, read_answer, samples_of
+from unsloth_factory.evaluation.validation.validate import Questions, model_answerers, validate
 from unsloth_factory.inference.generate import Generation
 from unsloth_factory.knowledge import load_pack
 

@@ -7,7 +7,8 @@ import json
 import pytest
 from chat_server import serving
 
-from unsloth_factory.commands import evaluate, evaluate_generated, validate
+from unsloth_factory.commands import evaluate, validate
+from unsloth_factory.commands.evaluating import generated as evaluate_generated
 from unsloth_factory.config.commands import EvaluateConfig, ValidateConfig
 from unsloth_factory.config.errors import UsageError, UserError
 from unsloth_factory.config.judging import EndpointSettings, JudgeSettings

@@ -15,7 +15,7 @@ from unsloth_factory.config.commands import ValidateConfig
 from unsloth_factory.config.errors import UserError
 from unsloth_factory.config.judging import ReviewSettings
 from unsloth_factory.evaluation.judge.prompts import Case
-from unsloth_factory.evaluation.review import make_sheet, read_ratings, review_result
+from unsloth_factory.evaluation.validation.review import make_sheet, read_ratings, review_result
 from unsloth_factory.run.atomic import write_json, write_text
 
 N = 40

@@ -1,4 +1,4 @@
-"""Rows 37 to 43 of the table of faults: damaged GGUF files, crashes of native code, an Ollama that fails."""
+"""Rows 37 to 40, 42 and 43 of the table of faults: damaged GGUF files, crashes of native code, an Ollama that fails."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from unsloth_factory.config.errors import UserError
-from unsloth_factory.config.table import COMMANDS
 from unsloth_factory.data.types import Turn
 from unsloth_factory.export import quantize as quantize_module
 from unsloth_factory.export.gguf import load_template
@@ -198,11 +197,6 @@ def test_fault_40_native_crash_of_the_program(exported, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="llama-quantize was killed by SIGSEGV: loading"):
         quantize(exported.gguf, tmp_path / "q", ["q8_0"])
     assert os.listdir(tmp_path / "q") == []
-
-
-def test_fault_41_not_applicable_without_a_server():
-    """Bad requests over HTTP: there is no server. The day there is one, this test asks for its rows."""
-    assert not {"serve", "api", "webui"} & set(COMMANDS)
 
 
 def test_fault_42_llama_cpp_dies_in_the_middle_of_an_answer(exported, monkeypatch):

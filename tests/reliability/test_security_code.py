@@ -26,7 +26,7 @@ from unsloth_factory.config.yaml_file import read_yaml
 from unsloth_factory.data import template_sandbox
 from unsloth_factory.data.template import ChatTemplate
 from unsloth_factory.data.types import Turn
-from unsloth_factory.evaluation.benchmark import load_benchmark
+from unsloth_factory.evaluation.choice.benchmark import load_benchmark
 from unsloth_factory.export.converter import find_converter
 from unsloth_factory.export.gguf import GgufOptions, convert
 from unsloth_factory.export.merge import MergeOptions, merge

@@ -15,7 +15,7 @@ from training_jobs import metrics, pairs, said, samples, stopping, weights
 from unsloth_factory.config.errors import Stopped, UsageError
 from unsloth_factory.config.settings import TuningSettings, WatchSettings
 from unsloth_factory.data.types import Conversation, Turn
-from unsloth_factory.evaluation.sample_answers import SampleAnswers
+from unsloth_factory.evaluation.validation.sample_answers import SampleAnswers
 from unsloth_factory.training.loop import train
 from unsloth_factory.training.methods import Dpo, Sft
 from unsloth_factory.training.watch import generations

@@ -11,7 +11,7 @@ from unsloth_factory.commands.progress import counting
 from unsloth_factory.commands.source import ResolvedModel, resolve_source
 from unsloth_factory.config.judging import EndpointSettings
 from unsloth_factory.config.settings import FinishedRun, ModelSettings
-from unsloth_factory.evaluation.validate import Questions, ValidationResult, validate
+from unsloth_factory.evaluation.validation.validate import Questions, ValidationResult, validate
 from unsloth_factory.inference.endpoint import Endpoint
 from unsloth_factory.inference.generate import Generation, Progress
 from unsloth_factory.inference.remote import RemoteModel, RemoteTemplate

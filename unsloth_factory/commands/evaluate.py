@@ -8,24 +8,24 @@ from typing import Any
 
 from rich.console import Console
 
-from unsloth_factory.commands.evaluate_endpoint import run_endpoint
-from unsloth_factory.commands.evaluate_free import run_free
-from unsloth_factory.commands.evaluate_generated import run_generated
-from unsloth_factory.commands.evaluate_gguf import score_files
-from unsloth_factory.commands.evaluate_harness import run_harness
-from unsloth_factory.commands.evaluate_many import run_models, run_tasks
-from unsloth_factory.commands.identity import model_identity
+from unsloth_factory.commands.evaluating.endpoint import run_endpoint
+from unsloth_factory.commands.evaluating.free import run_free
+from unsloth_factory.commands.evaluating.generated import run_generated
+from unsloth_factory.commands.evaluating.gguf import score_files
+from unsloth_factory.commands.evaluating.harness import run_harness
+from unsloth_factory.commands.evaluating.identity import model_identity
+from unsloth_factory.commands.evaluating.many import run_models, run_tasks
 from unsloth_factory.commands.progress import counting
 from unsloth_factory.commands.source import load_source, resolve_source
 from unsloth_factory.config.commands import EvaluateConfig
 from unsloth_factory.config.errors import UsageError
-from unsloth_factory.evaluation.benchmark import load_benchmark, select_subjects
-from unsloth_factory.evaluation.choice import ChoiceOptions, ChoiceResult, evaluate, model_scorers
-from unsloth_factory.evaluation.generation_task import load_generation_task
-from unsloth_factory.evaluation.kept_scores import KeptScores
-from unsloth_factory.evaluation.lm_harness import PREFIX
+from unsloth_factory.evaluation.choice.benchmark import load_benchmark, select_subjects
+from unsloth_factory.evaluation.choice.kept_scores import KeptScores
+from unsloth_factory.evaluation.choice.prompts import PromptMaker
+from unsloth_factory.evaluation.choice.scored import ChoiceOptions, ChoiceResult, evaluate, model_scorers
+from unsloth_factory.evaluation.generated.generation_task import load_generation_task
+from unsloth_factory.evaluation.harness.model import PREFIX
 from unsloth_factory.evaluation.pages import markdown_page
-from unsloth_factory.evaluation.prompts import PromptMaker
 from unsloth_factory.evaluation.tables import print_report
 from unsloth_factory.run.atomic import write_json, write_text
 

@@ -23,7 +23,7 @@ from unsloth_factory.evaluation.judge.judges import EndpointJudge, LoadedJudge
 from unsloth_factory.evaluation.judge.judging import judge_answers
 from unsloth_factory.evaluation.judge.page import judge_page
 from unsloth_factory.evaluation.judge.printing import print_judgement
-from unsloth_factory.evaluation.review import ReviewKey
+from unsloth_factory.evaluation.validation.review import ReviewKey
 from unsloth_factory.inference.endpoint import Endpoint
 from unsloth_factory.run.atomic import write_json, write_text
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from unsloth_factory.config.errors import UserError
 from unsloth_factory.config.settings import GateSettings
-from unsloth_factory.evaluation.gate import MEASURES, FileQuality
+from unsloth_factory.evaluation.quality.gate import MEASURES, FileQuality
 from unsloth_factory.run.atomic import write_json
 from unsloth_factory.run.folder import RunFolder
 

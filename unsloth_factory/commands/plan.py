@@ -13,8 +13,8 @@ from typing import Any
 
 from rich.console import Console
 
-from unsloth_factory.commands.plan_data import workload_of
-from unsloth_factory.commands.plan_page import print_page
+from unsloth_factory.commands.planning.data import workload_of
+from unsloth_factory.commands.planning.page import print_page
 from unsloth_factory.config.commands import DpoConfig, PlanConfig, SftConfig
 from unsloth_factory.config.errors import UsageError, UserError
 from unsloth_factory.config.fields import settings_of

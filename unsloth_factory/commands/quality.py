@@ -29,16 +29,16 @@ from unsloth_factory.data.load import load_conversations
 from unsloth_factory.data.split import read_validation_split
 from unsloth_factory.data.template import ChatTemplate
 from unsloth_factory.data.types import Conversation, TokenSample
-from unsloth_factory.evaluation.gate import FileQuality, judge, pick, quality_values
-from unsloth_factory.evaluation.kept_quality import KeptQuality
-from unsloth_factory.evaluation.quality import (
+from unsloth_factory.evaluation.quality.gate import FileQuality, judge, pick, quality_values
+from unsloth_factory.evaluation.quality.kept import KeptQuality
+from unsloth_factory.evaluation.quality.pages import QualityReport, html_page, markdown_page, quality_table
+from unsloth_factory.evaluation.quality.token_scores import (
     TokenScores,
     answer_samples,
     reference_bytes,
     score_file,
     score_reference,
 )
-from unsloth_factory.evaluation.quality_pages import QualityReport, html_page, markdown_page, quality_table
 from unsloth_factory.export.quantize import SOURCE_TYPES
 from unsloth_factory.export.sums import verify_file
 from unsloth_factory.inference.gguf_header import read_header

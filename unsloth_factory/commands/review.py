@@ -12,7 +12,7 @@ from rich.console import Console
 
 from unsloth_factory.evaluation.judge.cases import AnswerFiles
 from unsloth_factory.evaluation.judge.printing import win_line
-from unsloth_factory.evaluation.review import ReviewKey, make_sheet, read_ratings, review_result
+from unsloth_factory.evaluation.validation.review import ReviewKey, make_sheet, read_ratings, review_result
 from unsloth_factory.run.atomic import write_json, write_text
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from unsloth_factory import __version__
-from unsloth_factory.commands.plan_space import require_plan_space
+from unsloth_factory.commands.planning.space import require_plan_space
 from unsloth_factory.commands.summary import write_summary
 from unsloth_factory.config.commands import RunPlanConfig
 from unsloth_factory.config.errors import UsageError

@@ -26,12 +26,12 @@ from unsloth_factory.config.errors import UsageError
 from unsloth_factory.data.load import load_conversations
 from unsloth_factory.data.split import read_validation_split
 from unsloth_factory.data.template import ChatTemplate
-from unsloth_factory.evaluation.answers import Sample, samples_of
 from unsloth_factory.evaluation.judge.cases import AnswerFiles
 from unsloth_factory.evaluation.pages import html_page, markdown_page
-from unsloth_factory.evaluation.references import model_losses
 from unsloth_factory.evaluation.tables import print_report, print_worst
-from unsloth_factory.evaluation.validate import (
+from unsloth_factory.evaluation.validation.answers import Sample, samples_of
+from unsloth_factory.evaluation.validation.references import model_losses
+from unsloth_factory.evaluation.validation.validate import (
     Questions,
     ValidationResult,
     gguf_answerer,

@@ -13,7 +13,7 @@ from unsloth_factory.data.encode import encode_samples
 from unsloth_factory.data.load import load_conversations
 from unsloth_factory.data.template import ChatTemplate
 from unsloth_factory.data.types import Conversation, TokenSample
-from unsloth_factory.evaluation.sample_answers import SampleAnswers
+from unsloth_factory.evaluation.validation.sample_answers import SampleAnswers
 from unsloth_factory.knowledge import DomainPack
 from unsloth_factory.model.loaded import LoadedModel
 from unsloth_factory.training.watch.forgetting import split_general

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from unsloth_factory.evaluation.benchmark import Subject
+from unsloth_factory.evaluation.choice.benchmark import Subject
 from unsloth_factory.evaluation.report import Comparison, Metric, Verdict
 from unsloth_factory.scoring import macro_standard_error, mcnemar
 from unsloth_factory.scoring.significance import ALPHA, Z_95

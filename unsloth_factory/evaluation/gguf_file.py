@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from unsloth_factory.evaluation.choice import logits_scorer
-from unsloth_factory.evaluation.prompts import ChoicePrompt
+from unsloth_factory.evaluation.choice.prompts import ChoicePrompt
+from unsloth_factory.evaluation.choice.scored import logits_scorer
 from unsloth_factory.inference.generate import Generation
 from unsloth_factory.inference.llama_cpp import LlamaCpp
 

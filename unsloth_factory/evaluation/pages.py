@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from unsloth_factory.evaluation.agreement import agreement_lines
+from unsloth_factory.evaluation.compare.agreement import agreement_lines
 from unsloth_factory.evaluation.report import EvalReport
 from unsloth_factory.evaluation.rows import plain_name, silent_faults, table_rows
 

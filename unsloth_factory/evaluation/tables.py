@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from unsloth_factory.evaluation.agreement import agreement_lines
+from unsloth_factory.evaluation.compare.agreement import agreement_lines
 from unsloth_factory.evaluation.report import Comparison, EvalReport, Metric
 from unsloth_factory.evaluation.rows import plain_name, silent_faults, table_rows
 

@@ -13,8 +13,8 @@ from unsloth_factory.evaluation.judge.asking import Answers, Estimate, Judge, Re
 from unsloth_factory.evaluation.judge.cache import ReplyCache
 from unsloth_factory.evaluation.judge.prompts import DIMENSIONS, SCALE, Case, pairwise_messages, pointwise_messages
 from unsloth_factory.evaluation.judge.verdicts import Side, read_reason, read_scores, read_winner
-from unsloth_factory.evaluation.measures import Measure, comparisons, metrics
 from unsloth_factory.evaluation.report import EvalReport
+from unsloth_factory.evaluation.validation.measures import Measure, comparisons, metrics
 from unsloth_factory.inference.generate import Progress
 from unsloth_factory.scoring.bootstrap import mean_features, ratio
 from unsloth_factory.scoring.pairwise import elo_ratings, win_rate

@@ -25,6 +25,8 @@ WITHOUT_EFFECT: Mapping[str, tuple[Any, ...]] = {
     "suffix": (None, ""),
     "echo": (None, False),
     "response_format": (None, {"type": "text"}),
+    # of llama.cpp's server and of vLLM: they promise a form that would not be kept
+    **dict.fromkeys(("grammar", "json_schema", "guided_json", "guided_regex", "guided_choice"), (None, "")),
 }
 """Fields that are not supported -> values that ask for nothing. Any other value is refused, not passed over."""
 

@@ -1,0 +1,1 @@
+"""Several models, or several benchmarks, beside each other."""

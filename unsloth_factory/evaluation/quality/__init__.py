@@ -1,0 +1,1 @@
+"""What quantising costs, and the smallest file that is good enough."""

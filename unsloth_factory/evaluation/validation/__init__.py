@@ -1,0 +1,1 @@
+"""Answers to held-out samples: metrics, causes, differences, and blind review by people."""
