@@ -15,14 +15,14 @@ from unsloth_factory.commands.evaluating.gguf import score_files
 from unsloth_factory.commands.evaluating.harness import run_harness
 from unsloth_factory.commands.evaluating.identity import model_identity
 from unsloth_factory.commands.evaluating.many import run_models, run_tasks
+from unsloth_factory.commands.evaluating.setup import scored_setup
 from unsloth_factory.commands.progress import counting
 from unsloth_factory.commands.source import load_source, resolve_source
 from unsloth_factory.config.commands import EvaluateConfig
 from unsloth_factory.config.errors import UsageError
 from unsloth_factory.evaluation.choice.benchmark import load_benchmark, select_subjects
 from unsloth_factory.evaluation.choice.kept_scores import KeptScores
-from unsloth_factory.evaluation.choice.prompts import PromptMaker
-from unsloth_factory.evaluation.choice.scored import ChoiceOptions, ChoiceResult, evaluate, model_scorers
+from unsloth_factory.evaluation.choice.scored import ChoiceResult, evaluate, model_scorers
 from unsloth_factory.evaluation.generated.generation_task import load_generation_task
 from unsloth_factory.evaluation.harness.model import PREFIX
 from unsloth_factory.evaluation.pages import markdown_page
@@ -71,21 +71,7 @@ def run(config: EvaluateConfig) -> int:
     select_subjects(benchmark, folder, split, config.subjects)
     resolved = resolve_source(config.source, config.model, quantization_bit=config.quantization_bit)
     loaded, template = load_source(resolved, console)
-    maker = PromptMaker(
-        benchmark=benchmark,
-        tokenizer=loaded.tokenizer,
-        template=None if config.no_chat_template else template,
-        lang=config.lang or next(iter(benchmark.prompts)),
-        thinking=bool(config.think_chain),
-        mode="letter" if config.choice_mode == "letter" else "text",
-    )
-    options = ChoiceOptions(
-        n_shot=config.shots,
-        split=split,
-        subjects=config.subjects,
-        per_character=config.choice_mode == "text_normalized",
-        max_tokens=loaded.max_positions,
-    )
+    maker, options = scored_setup(config, benchmark, split, template, loaded.max_positions)
     scorers = model_scorers(loaded, resolved.variants, config.batch_size)
     target = resolved.results("evaluation_results", config.save_dir)
     subjects = target / f"{benchmark.name}_subjects"

@@ -13,16 +13,16 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
+from unsloth_factory.commands.evaluating.setup import scored_setup
 from unsloth_factory.commands.gguf_files import gguf_paths, gguf_variants, shortest_context
 from unsloth_factory.commands.progress import counting
 from unsloth_factory.commands.source import ResolvedModel, gguf_template, require_same_tokenizer, resolve_source
 from unsloth_factory.config.commands import EvaluateConfig
 from unsloth_factory.config.errors import UsageError, UserError
-from unsloth_factory.data.template import ChatTemplate
 from unsloth_factory.evaluation.choice.benchmark import Benchmark, select_subjects
 from unsloth_factory.evaluation.choice.kept_scores import KeptScores
-from unsloth_factory.evaluation.choice.prompts import ChoicePrompt, PromptMaker
-from unsloth_factory.evaluation.choice.scored import ChoiceOptions, ChoiceResult, evaluate
+from unsloth_factory.evaluation.choice.prompts import ChoicePrompt
+from unsloth_factory.evaluation.choice.scored import ChoiceResult, evaluate
 from unsloth_factory.evaluation.compare.agreement import agreement
 from unsloth_factory.evaluation.generated.generation_task import GenerationTask, check_split, read_problems
 from unsloth_factory.evaluation.generated.generative import (
@@ -73,7 +73,7 @@ def score_files(
     select_subjects(benchmark, folder, split, config.subjects)
     files, description, positions = check_files(str(config.gguf), resolved)
     template = gguf_template(resolved)
-    maker, options = _setup(config, benchmark, split, template, positions)
+    maker, options = scored_setup(config, benchmark, split, template, positions)
     target = resolved.results("evaluation_results", config.save_dir)
     subjects = target / f"{benchmark.name}_subjects"
     refuse_other = partial(require_same_tokenizer, template=template, resolved=resolved)
@@ -104,28 +104,6 @@ def _identity(description: dict[str, Any], name: str) -> str:
     """All that a file's scores and answers depend on, beside the prompts."""
     identity = {"gguf": description["gguf"][name]["sha256"], "engine": description["engine"]}
     return json.dumps(identity, sort_keys=True)
-
-
-def _setup(
-    config: EvaluateConfig, benchmark: Benchmark, split: str, template: ChatTemplate, positions: int
-) -> tuple[PromptMaker, ChoiceOptions]:
-    """The questions exactly as through transformers."""
-    maker = PromptMaker(
-        benchmark=benchmark,
-        tokenizer=template.tokenizer,
-        template=None if config.no_chat_template else template,
-        lang=config.lang or next(iter(benchmark.prompts)),
-        thinking=bool(config.think_chain),
-        mode="letter" if config.choice_mode == "letter" else "text",
-    )
-    options = ChoiceOptions(
-        n_shot=config.shots,
-        split=split,
-        subjects=config.subjects,
-        per_character=config.choice_mode == "text_normalized",
-        max_tokens=positions,
-    )
-    return maker, options
 
 
 def _not_kept(prompts: Any, choices: Any) -> np.ndarray:

@@ -24,7 +24,7 @@ from unsloth_factory.evaluation.averages import (
 )
 from unsloth_factory.evaluation.choice.benchmark import Benchmark, Subject, select_subjects
 from unsloth_factory.evaluation.choice.letters import chosen_letter
-from unsloth_factory.evaluation.choice.prompts import PromptMaker, SubjectPrompts
+from unsloth_factory.evaluation.choice.prompts import PromptMaker, SubjectPrompts, question_record
 from unsloth_factory.evaluation.choice.questions import Question
 from unsloth_factory.evaluation.choice.scored import ChoiceOptions, ChoiceResult, checked_options, read_subject
 from unsloth_factory.evaluation.generated.generative import STOPPED, Answerer
@@ -211,15 +211,7 @@ def _notes(benchmark: Benchmark, asked: list[_Asked], variants: Sequence[str]) -
 
 def _records(item: _Asked) -> Iterator[dict[str, Any]]:
     for row, (question, prompt) in enumerate(zip(item.questions, item.prompts.prompts, strict=True)):
-        record: dict[str, Any] = {
-            "subject": question.subject,
-            "id": question.id,
-            "prompt_sha256": prompt.sha256,
-            "prompt_tokens": len(prompt.ids),
-            "shots": item.prompts.shots,
-        }
-        if question.answer is not None:
-            record["answer"] = question.answer
+        record = question_record(question, prompt, item.prompts.shots)
         for variant, answers in item.answers.items():
             record[variant] = dict(answers[row])
             if question.answer is not None:

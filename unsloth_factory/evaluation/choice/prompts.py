@@ -179,3 +179,15 @@ def continuations(
     while all(kept < len(row) - 1 and kept < len(base) and row[kept] == base[kept] for row in joint):
         kept += 1
     return ids[: len(ids) - len(base) + kept], [row[kept:] for row in joint]
+
+
+def question_record(question: Question, prompt: ChoicePrompt, shots: int) -> dict[str, Any]:
+    """What is kept of a question that was asked, before what the models made of it."""
+    record: dict[str, Any] = {
+        "subject": question.subject,
+        "id": question.id,
+        "prompt_sha256": prompt.sha256,
+        "prompt_tokens": len(prompt.ids),
+        "shots": shots,
+    }
+    return record if question.answer is None else record | {"answer": question.answer}

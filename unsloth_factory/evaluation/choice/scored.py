@@ -24,7 +24,7 @@ from unsloth_factory.evaluation.averages import (
 )
 from unsloth_factory.evaluation.choice.benchmark import Benchmark, Subject, select_subjects
 from unsloth_factory.evaluation.choice.kept_scores import KeptScores
-from unsloth_factory.evaluation.choice.prompts import ChoicePrompt, PromptMaker, SubjectPrompts
+from unsloth_factory.evaluation.choice.prompts import ChoicePrompt, PromptMaker, SubjectPrompts, question_record
 from unsloth_factory.evaluation.choice.questions import Question, read_questions
 from unsloth_factory.evaluation.report import EvalReport
 from unsloth_factory.inference.distributions import log_softmax
@@ -291,15 +291,7 @@ def _notes(benchmark: Benchmark, options: ChoiceOptions, scored: list[_Scored]) 
 def _records(item: _Scored, letters: Sequence[str]) -> Iterator[dict[str, Any]]:
     picked = {variant: item.choices(variant, letters) for variant in item.scores}
     for row, (question, prompt) in enumerate(zip(item.questions, item.prompts.prompts, strict=True)):
-        record: dict[str, Any] = {
-            "subject": question.subject,
-            "id": question.id,
-            "prompt_sha256": prompt.sha256,
-            "prompt_tokens": len(prompt.ids),
-            "shots": item.prompts.shots,
-        }
-        if question.answer is not None:
-            record["answer"] = question.answer
+        record = question_record(question, prompt, item.prompts.shots)
         for variant, scores in item.scores.items():
             values = [round(float(value), 6) for value in scores[row]]
             record[variant] = {"logprobs": dict(zip(letters, values, strict=True)), "choice": picked[variant][row]}
