@@ -126,7 +126,7 @@ def test_equals_trl(random_model_dir: Path, tmp_path: Path, monkeypatch: pytest.
     trl_utils = pytest.importorskip("trl.trainer.utils")
     from datasets import Dataset
 
-    if trl_utils._ChunkedLogProbFunction is None:
+    if not torch.cuda.is_available():  # TRL's own is a Triton kernel, and without Triton None
         monkeypatch.setattr(trl_utils, "_ChunkedLogProbFunction", PlainLogProbs)
     loaded = load(random_model_dir)
     rows = pairs(4)
