@@ -8,7 +8,15 @@ from pathlib import Path
 import pytest
 
 from unsloth_factory.cli import main
-from unsloth_factory.config.commands import ChatConfig, DpoConfig, EvaluateConfig, MergeConfig, SftConfig
+from unsloth_factory.config.commands import (
+    ChatConfig,
+    DpoConfig,
+    EvaluateConfig,
+    MergeConfig,
+    ServeConfig,
+    SftConfig,
+    ValidateConfig,
+)
 from unsloth_factory.config.errors import UsageError
 from unsloth_factory.config.fields import settings_of
 from unsloth_factory.config.parse import build, flat_values, parse
@@ -207,3 +215,22 @@ def test_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_merge_dtype_alias() -> None:
     assert parse(MergeConfig, ["--infer_dtype", "bfloat16"]).config.dtype == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("kind", "flag", "value"),
+    [
+        *(
+            (ValidateConfig, flag, value)
+            for flag in ("batch_size", "max_samples", "bertscore_layer")
+            for value in (0, -1)
+        ),
+        *((EvaluateConfig, flag, 0) for flag in ("batch_size", "max_samples", "max_new_tokens", "thinking_budget")),
+        (EvaluateConfig, "n_shot", -1),
+        (ServeConfig, "port", 65536),
+        (ServeConfig, "max_waiting", -1),
+    ],
+)
+def test_numbers_that_mean_nothing_are_refused(kind: type, flag: str, value: int) -> None:
+    with pytest.raises(UsageError, match=f"--{flag} {value}: (at least|from)"):
+        parse(kind, [f"--{flag}", str(value)])

@@ -76,6 +76,28 @@ def test_an_adapter_of_another_kind(random_model_dir: Path, tmp_path: Path) -> N
     assert chosen(random_model_dir, adapter=adapter)[0] == "fast"
 
 
+@pytest.mark.usefixtures("with_triton")
+@pytest.mark.parametrize("changes", [{"model_type": "of_tomorrow"}, {"model_type": None}, {"rope_parameters": 3}])
+def test_a_model_that_transformers_does_not_know_is_left_to_standard(
+    random_model_dir: Path, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    config = json.loads((random_model_dir / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | changes))
+    name, reason = chosen(tmp_path)
+    assert name == "standard"
+    assert "the fast engine cannot run" in reason
+
+
+def test_memory_that_runs_out_in_the_look_is_said(random_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(decoder: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(load, "_on_a_gpu", lambda loaded: True)
+    monkeypatch.setattr(self_check, "problem", full)
+    with pytest.raises(UserError, match="does not fit on cpu"):
+        load_model(ModelSettings(model=str(random_model_dir), engine="fast"), quantization_bit=4, for_training=True)
+
+
 # --- the look at what this machine's kernels compute
 
 
@@ -154,5 +176,8 @@ def test_a_run_goes_on_with_the_engine_it_began_with(tmp_path: Path) -> None:
         store.path(step).mkdir()
         (store.path(step) / "state.json").write_text(json.dumps(state))
     assert store.newest_engine() == "fast"
+    for damaged in ("[]", "{}", '{"fingerprint": 3}', "{"):
+        (store.path(2) / "state.json").write_text(damaged)
+        assert store.newest_engine() == "standard"  # the one before it
     shutil.rmtree(store.path(2))
     assert store.newest_engine() == "standard"

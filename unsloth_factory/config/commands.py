@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from unsloth_factory.config.errors import UsageError
+from unsloth_factory.config.errors import require, require_at_least
 from unsloth_factory.config.judging import EndpointSettings, JudgeSettings, ReviewSettings
 from unsloth_factory.config.settings import (
     BaseWeights,
@@ -87,6 +87,9 @@ class ValidateConfig:
     quantization_bit: Literal[4] | None = None
     """4 loads the base in NF4. Default: as it was trained."""
 
+    def __post_init__(self) -> None:
+        require_at_least(1, self, "max_samples", "batch_size", "bertscore_layer")
+
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
@@ -133,6 +136,10 @@ class EvaluateConfig:
     """Folder of the results. Default: evaluation_results in the run folder."""
     quantization_bit: Literal[4] | None = None
     """4 loads the base in NF4. Default: as it was trained."""
+
+    def __post_init__(self) -> None:
+        require_at_least(0, self, "n_shot")
+        require_at_least(1, self, "batch_size", "max_samples", "max_new_tokens", "thinking_budget")
 
     @property
     def shots(self) -> int:
@@ -186,10 +193,8 @@ class ServeConfig:
     """4 loads the base in NF4. Default: as it was trained."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.port <= 65535:
-            raise UsageError(f"--port {self.port}: from 0 to 65535")
-        if self.max_waiting < 0:
-            raise UsageError(f"--max_waiting {self.max_waiting}: 0 or more")
+        require(0 <= self.port <= 65535, "port", self.port, "from 0 to 65535")
+        require_at_least(0, self, "max_waiting")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,3 +22,16 @@ class Stopped(UserError):
     def __init__(self, message: str, signal_number: int) -> None:
         super().__init__(message)
         self.exit_code = 128 + signal_number
+
+
+def require(condition: bool, flag: str, value: object, rule: str) -> None:
+    """Refuse a setting: UsageError with its flag, its value and the rule."""
+    if not condition:
+        raise UsageError(f"--{flag} {value}: {rule}")
+
+
+def require_at_least(least: int, settings: object, *flags: str) -> None:
+    """Refuse settings below a number; None is a setting that was not given."""
+    for flag in flags:
+        value = getattr(settings, flag)
+        require(value is None or value >= least, flag, value, f"at least {least}")

@@ -5,12 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from unsloth_factory.config.errors import UsageError
-
-
-def _require(condition: bool, flag: str, value: object, rule: str) -> None:
-    if not condition:
-        raise UsageError(f"--{flag} {value}: {rule}")
+from unsloth_factory.config.errors import require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,10 +35,10 @@ class JudgeSettings:
 
     def __post_init__(self) -> None:
         for flag in ("judge_max_requests", "judge_concurrency", "judge_max_new_tokens"):
-            _require(getattr(self, flag) >= 1, flag, getattr(self, flag), "at least 1")
-        _require(self.prices is not None, "judge_price", self.judge_price, "two numbers by a comma: in,out")
+            require(getattr(self, flag) >= 1, flag, getattr(self, flag), "at least 1")
+        require(self.prices is not None, "judge_price", self.judge_price, "two numbers by a comma: in,out")
         # The value is not repeated: it may be a key, given where its variable's name belongs.
-        _require(self.judge_key_env.isidentifier(), "judge_key_env", "", "the name of an environment variable")
+        require(self.judge_key_env.isidentifier(), "judge_key_env", "", "the name of an environment variable")
 
     @property
     def prices(self) -> tuple[float, float] | None:
@@ -71,8 +66,8 @@ class EndpointSettings:
     """Environment variable that holds the key of the server."""
 
     def __post_init__(self) -> None:
-        _require(self.endpoint_concurrency >= 1, "endpoint_concurrency", self.endpoint_concurrency, "at least 1")
-        _require(self.endpoint_key_env.isidentifier(), "endpoint_key_env", "", "the name of an environment variable")
+        require(self.endpoint_concurrency >= 1, "endpoint_concurrency", self.endpoint_concurrency, "at least 1")
+        require(self.endpoint_key_env.isidentifier(), "endpoint_key_env", "", "the name of an environment variable")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from unsloth_factory.config.errors import UsageError
+from unsloth_factory.config.errors import UsageError, require
 from unsloth_factory.config.values import Bytes, Seconds
 
 Engine = Literal["auto", "fast", "unsloth", "standard"]
@@ -30,11 +30,6 @@ FEWEST_SCORED = 8
 """Generated answers from which a share is worth printing."""
 GateMeasure = Literal["kl", "perplexity", "accuracy"]
 Forgetting = Literal["warn", "stop", "replay", "off"]
-
-
-def _require(condition: bool, flag: str, value: object, rule: str) -> None:
-    if not condition:
-        raise UsageError(f"--{flag} {value}: {rule}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,9 +52,9 @@ class ModelSettings:
     """Chat template for a base model without one: a built-in name (chatml) or a Jinja file."""
 
     def __post_init__(self) -> None:
-        _require(not self.low_memory or self.engine == "fast", "low_memory", "true", "needs --engine fast.")
+        require(not self.low_memory or self.engine == "fast", "low_memory", "true", "needs --engine fast.")
         least = 3 * 2**29
-        _require(self.max_memory is None or self.max_memory >= least, "max_memory", self.max_memory, "at least 1.5GiB.")
+        require(self.max_memory is None or self.max_memory >= least, "max_memory", self.max_memory, "at least 1.5GiB.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,9 +96,9 @@ class DataSettings:
     stops."""
 
     def __post_init__(self) -> None:
-        _require(self.max_seq_length >= 16, "max_seq_length", self.max_seq_length, "at least 16 tokens")
-        _require(self.data_limit is None or self.data_limit >= 1, "data_limit", self.data_limit, "at least 1")
-        _require(self.val_split >= 0, "val_split", self.val_split, "0, a share below 1, or a number of samples")
+        require(self.max_seq_length >= 16, "max_seq_length", self.max_seq_length, "at least 16 tokens")
+        require(self.data_limit is None or self.data_limit >= 1, "data_limit", self.data_limit, "at least 1")
+        require(self.val_split >= 0, "val_split", self.val_split, "0, a share below 1, or a number of samples")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,9 +123,9 @@ class TuningSettings:
     """Keep the base in 16 bit on a GPU (LoRA instead of QLoRA)."""
 
     def __post_init__(self) -> None:
-        _require(self.lora_r >= 1, "lora_r", self.lora_r, "at least 1")
-        _require(0 <= self.lora_dropout < 1, "lora_dropout", self.lora_dropout, "from 0 to below 1")
-        _require(self.freeze_last_n >= 1, "freeze_last_n", self.freeze_last_n, "at least 1")
+        require(self.lora_r >= 1, "lora_r", self.lora_r, "at least 1")
+        require(0 <= self.lora_dropout < 1, "lora_dropout", self.lora_dropout, "from 0 to below 1")
+        require(self.freeze_last_n >= 1, "freeze_last_n", self.freeze_last_n, "at least 1")
         if self.quantization_bit and self.finetuning_type != "lora":
             raise UsageError(
                 f"--quantization_bit {self.quantization_bit} with --finetuning_type {self.finetuning_type}: "
@@ -172,12 +167,12 @@ class LoopSettings:
     """Accepted for compatibility: a batch is a function of (seed, step) made in under a millisecond."""
 
     def __post_init__(self) -> None:
-        _require(self.epochs > 0, "epochs", self.epochs, "above 0")
+        require(self.epochs > 0, "epochs", self.epochs, "above 0")
         for flag in ("batch_size", "accumulation_steps"):
-            _require(getattr(self, flag) >= 1, flag, getattr(self, flag), "at least 1")
-        _require(self.max_steps is None or self.max_steps >= 1, "max_steps", self.max_steps, "at least 1")
-        _require(0 <= self.warmup_ratio < 1, "warmup_ratio", self.warmup_ratio, "from 0 to below 1")
-        _require(
+            require(getattr(self, flag) >= 1, flag, getattr(self, flag), "at least 1")
+        require(self.max_steps is None or self.max_steps >= 1, "max_steps", self.max_steps, "at least 1")
+        require(0 <= self.warmup_ratio < 1, "warmup_ratio", self.warmup_ratio, "from 0 to below 1")
+        require(
             self.learning_rate is None or 0 < self.learning_rate < 1,
             "learning_rate",
             self.learning_rate,
@@ -214,10 +209,10 @@ class RunSettings:
 
     def __post_init__(self) -> None:
         for flag in ("save_steps", "save_total_limit", "logging_steps"):
-            _require(getattr(self, flag) >= 1, flag, getattr(self, flag), "at least 1")
+            require(getattr(self, flag) >= 1, flag, getattr(self, flag), "at least 1")
         for flag in ("time_budget", "extend_epochs"):
             value = getattr(self, flag)
-            _require(value is None or value > 0, flag, value, "above 0")
+            require(value is None or value > 0, flag, value, "above 0")
         if self.extend_epochs is not None and self.resume is None:
             raise UsageError(
                 f"--extend_epochs {self.extend_epochs:g}: continues an earlier training; add --resume auto"
@@ -259,11 +254,11 @@ class WatchSettings:
     def __post_init__(self) -> None:
         for flag in ("early_stopping_patience", "sample_max_new_tokens", "replay_samples"):
             value = getattr(self, flag)
-            _require(value is None or value >= 1, flag, value, "at least 1")
-        _require(self.early_stopping_min_delta >= 0, "early_stopping_min_delta", self.early_stopping_min_delta, "0 up")
-        _require(self.forgetting_limit > 0, "forgetting_limit", self.forgetting_limit, "above 0, such as 0.3")
+            require(value is None or value >= 1, flag, value, "at least 1")
+        require(self.early_stopping_min_delta >= 0, "early_stopping_min_delta", self.early_stopping_min_delta, "0 up")
+        require(self.forgetting_limit > 0, "forgetting_limit", self.forgetting_limit, "above 0, such as 0.3")
         number = self.sample_generations
-        _require((number or 0) >= 0, "sample_generations", number, "0 or more")
+        require((number or 0) >= 0, "sample_generations", number, "0 or more")
         if self.answers_scored and number is not None and number < FEWEST_SCORED:
             raise UsageError(
                 f"--sample_generations {number}: --metric_for_best {self.metric_for_best} needs {FEWEST_SCORED} or more"
@@ -306,7 +301,7 @@ class GuardSettings:
     back with half the learning rate, once, after three in a row."""
 
     def __post_init__(self) -> None:
-        _require(self.max_bad_steps >= 1, "max_bad_steps", self.max_bad_steps, "at least 1")
+        require(self.max_bad_steps >= 1, "max_bad_steps", self.max_bad_steps, "at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -333,9 +328,9 @@ class GenerationSettings:
     """Sample from the k likeliest tokens."""
 
     def __post_init__(self) -> None:
-        _require(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "at least 1")
-        _require(0 <= self.temperature <= 2, "temperature", self.temperature, "from 0 to 2")
-        _require(0 < self.top_p <= 1, "top_p", self.top_p, "above 0, at most 1")
+        require(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "at least 1")
+        require(0 <= self.temperature <= 2, "temperature", self.temperature, "from 0 to 2")
+        require(0 < self.top_p <= 1, "top_p", self.top_p, "above 0, at most 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -352,5 +347,5 @@ class GateSettings:
     """Held-out answer tokens that are measured."""
 
     def __post_init__(self) -> None:
-        _require(self.gate is None or 0 < self.gate <= 10, "gate", self.gate, "above 0 and at most 10, such as 0.02")
-        _require(self.gate_tokens >= 1, "gate_tokens", self.gate_tokens, "at least 1")
+        require(self.gate is None or 0 < self.gate <= 10, "gate", self.gate, "above 0 and at most 10, such as 0.02")
+        require(self.gate_tokens >= 1, "gate_tokens", self.gate_tokens, "at least 1")

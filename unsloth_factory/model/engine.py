@@ -77,7 +77,7 @@ def why_not_fast(folder: Path, tuning: TuningSettings | None, adapter: Path | No
     """What the fast engine cannot run: of the model, its adapter or the way of training; None where it can."""
     from transformers import AutoConfig
 
-    from unsloth_factory.model.fast.spec import why_not
+    from unsloth_factory.model.fast.spec import FAMILIES, why_not
 
     if is_prequantized(folder):
         return "weights that are stored in 4 bit"
@@ -90,5 +90,11 @@ def why_not_fast(folder: Path, tuning: TuningSettings | None, adapter: Path | No
         odd = [key for key in ODD_ADAPTERS if settings.get(key)]
         if odd:
             return f"an adapter with {odd[0]}"
-    config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+    kind = read_json(folder / "config.json").get("model_type")
+    if kind not in FAMILIES:  # transformers may not know it either; that is for the standard engine to say
+        return f"model type {kind} (it knows {', '.join(FAMILIES)})"
+    try:
+        config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # configurations check themselves, and each kind throws errors of its own
+        return f"this config.json ({str(error).splitlines()[0][:120] if str(error) else type(error).__name__})"
     return why_not(config, quantized=quantized)

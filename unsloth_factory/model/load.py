@@ -67,7 +67,10 @@ def load_model(
     )  # fmt: skip
     loaded = load(settings)
     checks = loaded.engine == "fast" and for_training and _on_a_gpu(loaded)
-    wrong = self_check.problem(loaded.decoder) if checks else None
+    try:
+        wrong = self_check.problem(loaded.decoder) if checks else None
+    except torch.OutOfMemoryError as error:
+        raise _does_not_fit(loaded.path, quantization_bit, loaded.device) from error
     if wrong is None:
         return loaded
     if settings.engine == "fast":
@@ -219,9 +222,13 @@ def _load_within_memory(
     try:
         return read(folder, quantization_bit=quantization_bit, device=device, dtype=dtype)
     except torch.OutOfMemoryError as error:
-        size = sum(path.stat().st_size for path in shard_paths(folder)) / 2**30
-        advice = "Use a smaller model." if quantization_bit else "Use --quantization_bit 4, or a smaller model."
-        raise UserError(f"--model {folder} ({size:.1f} GiB on disk) does not fit on {device}. {advice}") from error
+        raise _does_not_fit(folder, quantization_bit, device) from error
+
+
+def _does_not_fit(folder: Path, quantization_bit: int | None, device: torch.device) -> UserError:
+    size = sum(path.stat().st_size for path in shard_paths(folder)) / 2**30
+    advice = "Use a smaller model." if quantization_bit else "Use --quantization_bit 4, or a smaller model."
+    return UserError(f"--model {folder} ({size:.1f} GiB on disk) does not fit on {device}. {advice}")
 
 
 def _prepare(loaded: LoadedModel, adapter: Path | None, tuning: TuningSettings, for_training: bool, seed: int) -> None:

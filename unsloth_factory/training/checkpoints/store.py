@@ -119,10 +119,9 @@ class CheckpointStore:
         """The engine that wrote the newest checkpoint; None where there is none that can be read."""
         for step in reversed(self.steps()):
             try:
-                state = _read(self.path(step), step).state
-            except (OSError, ValueError):
-                continue
-            return str(state.get("fingerprint", {}).get("engine", "standard"))
+                return str(_read(self.path(step), step).state["fingerprint"].get("engine", "standard"))
+            except (OSError, ValueError, LookupError, TypeError, AttributeError):
+                continue  # damaged; resuming says so
         return None
 
     def newest_intact(self) -> Checkpoint | None:
