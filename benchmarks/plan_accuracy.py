@@ -54,12 +54,16 @@ class Case:
     mixed: bool = False
     method: str = "sft"
     packing: bool = True
+    engine: str = "standard"
+    cap_gib: float | None = None
+    """Of the card's memory; None: all of it."""
 
     def flags(self, model: Path, data: Path) -> list[str]:
         """The settings, as `uf sft` and `uf plan` take them."""
         words = ["--model", str(model), "--dataset", str(data), "--max_seq_length", str(self.length)]
         words += ["--batch_size", str(self.batch), "--accumulation_steps", str(ACCUMULATION)]
         words += ["--max_steps", str(STEPS), "--val_split", "0", "--optimizer", self.optimizer]
+        words += ["--engine", self.engine]
         words += {"qlora": ["--quantization_bit", "4"], "lora": ["--no_quantization"]}.get(
             self.kind, ["--finetuning_type", self.kind]
         )
@@ -110,12 +114,20 @@ CALIBRATION = (
     Case("c8", "1.7B", "lora", 1024, 8, True, mixed=True),
     Case("c9", "1.7B", "qlora", 512, 2, True, method="dpo"),
 )
+FAST_CALIBRATION = (
+    Case("f1", "1.7B", "qlora", 2048, 4, True, engine="auto"),
+    Case("f2", "4B", "qlora", 1024, 2, True, engine="auto"),
+    Case("f3", "4B", "lora", 4096, 1, True, engine="auto"),
+    Case("f4", "8B", "qlora", 2048, 1, True, engine="auto"),
+    Case("f5", "8B", "lora", 1024, 4, True, mixed=True, engine="auto"),
+    Case("f6", "8B", "qlora", 2048, 4, True, mixed=True, engine="auto", cap_gib=14.2),
+)
 TINY_CASES = (
     Case("t1", "tiny", "lora", 64, 2, True),
     Case("t2", "tiny", "full", 64, 1, False, "adamw", mixed=True),
     Case("t3", "tiny", "lora", 64, 1, True, method="dpo"),
 )
-CASES = {case.name: case for case in (*VALIDATION, *LATER_VALIDATION, *CALIBRATION, *TINY_CASES)}
+CASES = {case.name: case for case in (*VALIDATION, *LATER_VALIDATION, *CALIBRATION, *FAST_CALIBRATION, *TINY_CASES)}
 
 
 def make(folder: Path, name: str) -> dict[str, Any]:
@@ -232,6 +244,9 @@ def child(case: Case, models: Path, runs: Path, history: bool) -> None:
     started = time.time()
     run = runs / case.name
     cuda = torch.cuda.is_available()
+    if cuda and case.cap_gib:
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(case.cap_gib * 2**30 / total)
     if history and cuda:
         torch.cuda.memory._record_memory_history(enabled="all", context=None, max_entries=400_000)
     threading.Thread(target=_watch, args=(case, run, started, history and cuda), daemon=True).start()

@@ -1,0 +1,152 @@
+"""C-Eval with choices scored: `uf evaluate` against lm-evaluation-harness' HF backend, on the very same prompts.
+
+    python benchmarks/evaluation_speed.py MODEL CEVAL [--rows 2] [--batch_sizes 8,16,32] [--peer_batch_sizes 8,16,32]
+
+MODEL is a folder whose weights may be random; CEVAL has the subfolders dev and val. Both load the same 16-bit weights
+(float32 on a CPU) in one process, one after the other; loading is not counted, tokenising is, on both sides. The harness
+runs each batch size on every 13th question, and the quickest one on all; ours runs all with each of its sizes. Printed
+as JSON lines: seconds, the ratio, the largest difference of log-probabilities, and how many choices differ, of all
+questions and of those whose two best choices are more than `GAP` apart.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+LETTERS = "ABCD"
+GAP = 0.05
+"""Of the log-probabilities: closer ones may change places by the rounding of 16-bit numbers."""
+PROBED = 13
+"""One question of so many tells the harness' best batch size."""
+
+
+def main() -> None:
+    """Measure."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("ceval", type=Path)
+    parser.add_argument("--rows", type=int, help="questions of each subject; default: all")
+    parser.add_argument("--batch_sizes", default="8,16,32", type=_numbers)
+    parser.add_argument("--peer_batch_sizes", default="8,16,32", type=_numbers)
+    parser.add_argument("--engine", default="auto", choices=["auto", "standard", "fast"])
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        data = first_rows(given.ceval, Path(folder), given.rows)
+        scores, texts, seconds = ours(given.model, given.engine, data, given.batch_sizes)
+    other, other_seconds = theirs(given.model, texts, given.peer_batch_sizes)
+    _print(what="ratio", questions=len(texts), **_compared(scores, other), ratio=round(other_seconds / seconds, 2))
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(word) for word in text.split(",")]
+
+
+def first_rows(source: Path, folder: Path, rows: int | None) -> Path:
+    """C-Eval's dev and val with at most so many questions a subject."""
+    for split, limit in (("dev", None), ("val", rows)):
+        (folder / split).mkdir(parents=True)
+        for path in sorted((source / split).glob("*.csv")):
+            with open(path, encoding="utf-8", newline="") as file:
+                kept = list(csv.reader(file))[: None if limit is None else limit + 1]
+            with open(folder / split / path.name, "w", encoding="utf-8", newline="") as file:
+                csv.writer(file).writerows(kept)
+    return folder
+
+
+def ours(model: Path, engine: Any, data: Path, batch_sizes: Sequence[int]) -> tuple[np.ndarray, list[str], float]:
+    """(scores [n, 4], prompts, seconds of the quickest batch size)."""
+    from unsloth_factory.config.settings import ModelSettings
+    from unsloth_factory.evaluation.choice.benchmark import load_benchmark
+    from unsloth_factory.evaluation.choice.prompts import PromptMaker
+    from unsloth_factory.evaluation.choice.scored import ChoiceOptions, evaluate, model_scorers
+    from unsloth_factory.model.load import load_model
+
+    loaded = load_model(ModelSettings(model=str(model), engine=engine))
+    texts: list[str] = []
+
+    class Recorder(PromptMaker):
+        def subject(self, *arguments: Any, **options: Any) -> Any:
+            prompts = super().subject(*arguments, **options)
+            texts.extend(prompt.text for prompt in prompts.prompts)
+            return prompts
+
+    maker = Recorder(benchmark=load_benchmark("ceval"), tokenizer=loaded.tokenizer, template=None)
+
+    def run(size: int, subjects: str | None) -> Any:
+        texts.clear()
+        options = ChoiceOptions(n_shot=5, max_tokens=loaded.max_positions, subjects=subjects)
+        return evaluate(maker, data, model_scorers(loaded, ["base"], size), options)
+
+    run(batch_sizes[0], "computer_network")  # libraries set themselves up
+    times, scores = {}, np.zeros(0)
+    for size in batch_sizes:
+        start = time.perf_counter()
+        records = run(size, None).records
+        times[size] = time.perf_counter() - start
+        scores = np.array([[record["base"]["logprobs"][letter] for letter in LETTERS] for record in records])
+        _print(what="ours", engine=loaded.engine, batch_size=size, questions=len(texts), seconds=round(times[size], 2))
+    return scores, texts, min(times.values())
+
+
+def theirs(model: Path, texts: list[str], batch_sizes: Sequence[int]) -> tuple[np.ndarray, float]:
+    """(log-probabilities [n, 4], seconds) at the quickest of the batch sizes."""
+    import torch
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    device, dtype = ("cuda", "bfloat16") if torch.cuda.is_available() else ("cpu", "float32")
+    peer = HFLM(pretrained=str(model), device=device, dtype=dtype, batch_size=1)
+
+    def score(asked: list[str], size: int) -> tuple[np.ndarray, float]:
+        peer.batch_size_per_gpu = size
+        requests = [
+            Instance(request_type="loglikelihood", doc={}, arguments=(text, letter), idx=index)
+            for text in asked
+            for index, letter in enumerate(LETTERS)
+        ]
+        start = time.perf_counter()
+        answers = peer.loglikelihood(requests, disable_tqdm=True)
+        return np.array([value for value, _ in answers]).reshape(-1, len(LETTERS)), time.perf_counter() - start
+
+    score(texts[:2], 1)
+    times = {}
+    for size in batch_sizes:
+        times[size] = score(texts[::PROBED], size)[1]
+        _print(what="lm-eval, probe", batch_size=size, questions=len(texts[::PROBED]), seconds=round(times[size], 2))
+    best = min(times, key=times.__getitem__)
+    scores, seconds = score(texts, best)
+    _print(what="lm-eval", batch_size=best, questions=len(texts), seconds=round(seconds, 2))
+    return scores, seconds
+
+
+def _compared(mine: np.ndarray, other: np.ndarray) -> dict[str, Any]:
+    best = np.sort(other, axis=1)
+    clear = best[:, -1] - best[:, -2] > GAP
+    differ = mine.argmax(axis=1) != other.argmax(axis=1)
+    gaps = np.abs(mine - other)
+    return {
+        "log_probabilities_apart": {"mean": round(float(gaps.mean()), 6), "max": round(float(gaps.max()), 6)},
+        "choices_differ": int(differ.sum()),
+        "clear_questions": int(clear.sum()),
+        "clear_choices_differ": int((differ & clear).sum()),
+    }
+
+
+def _print(**figures: Any) -> None:
+    print(json.dumps(figures), flush=True)
+
+
+if __name__ == "__main__":
+    main()
