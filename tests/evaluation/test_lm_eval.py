@@ -71,7 +71,7 @@ def ours(model: Path, folder: Path, plain: bool):
     object.__setattr__(maker, "seen", [])
     options = ChoiceOptions(n_shot=5, max_tokens=loaded.max_positions, subjects=os.environ.get("PEER_SUBJECTS"))
     start = time.perf_counter()
-    result = evaluate(maker, folder, model_scorers(loaded, ["base"], 8), options)
+    result = evaluate(maker, folder, model_scorers(loaded, ["base"]), options)
     seconds = time.perf_counter() - start
     scores = np.array([[record["base"]["logprobs"][letter] for letter in LETTERS] for record in result.records])
     return scores, result, maker.seen, seconds

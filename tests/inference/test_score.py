@@ -1,7 +1,8 @@
-"""Choice scoring: the shared prefix, left-padded batches and the adapter's switch change no log-probability."""
+"""Scoring: the shared start, tails in one row and the adapter's switch change no log-probability."""
 
 from __future__ import annotations
 
+import json
 from contextlib import nullcontext
 
 import numpy as np
@@ -46,8 +47,8 @@ def subject(seed: int, shared: int = 90) -> tuple[list[list[int]], list[list[lis
 
 
 @pytest.mark.parametrize("adapter", [True, False])
-@pytest.mark.parametrize("batch_size", [1, 4])
-def test_equal_to_the_plain_path_with_the_adapter_on_and_off(loaded, adapter, batch_size):
+@pytest.mark.parametrize("at_once", [1, 4, None])
+def test_equal_to_the_plain_path_with_the_adapter_on_and_off(loaded, adapter, at_once):
     prompts, choices = subject(3)
     was_training = loaded.model.training
     loaded.model.eval()
@@ -55,43 +56,80 @@ def test_equal_to_the_plain_path_with_the_adapter_on_and_off(loaded, adapter, ba
         expected = [[plain(loaded, p, choice) for choice in row] for p, row in zip(prompts, choices, strict=True)]
     loaded.model.train(was_training)
     with nullcontext() if adapter else loaded.adapter_disabled():
-        scores = choice_logprobs(loaded, prompts, choices, batch_size=batch_size)
+        scores = choice_logprobs(loaded, prompts, choices, at_once=at_once)
     np.testing.assert_allclose(scores, expected, atol=1e-4, rtol=0)
     if not adapter:
         with pytest.raises(AssertionError):  # the adapter matters at all
             np.testing.assert_allclose(choice_logprobs(loaded, prompts, choices), expected, atol=1e-1, rtol=0)
 
 
-def test_the_prefix_is_computed_once_and_few_positions_are_padding(loaded, monkeypatch):
+class Passes:
+    """The passes through the model: tokens that the cache held, new ones, and positions whose logits were made."""
+
+    def __init__(self, monkeypatch):
+        self.seen = []
+        self.original = score.forward
+        monkeypatch.setattr(score, "forward", self)
+
+    def __call__(self, loaded, ids, positions, mask, cache, last):
+        self.seen.append((cache.get_seq_length(), ids.shape[1], len(last)))
+        return self.original(loaded, ids, positions, mask, cache, last)
+
+
+def test_the_start_is_computed_once_and_nothing_is_padding(loaded, monkeypatch):
     prompts, choices = subject(4)
-    seen = []
-    original = score.forward
-
-    def spy(loaded, ids, positions, mask, cache, last=1):
-        seen.append((ids.shape, int(mask[:, -ids.shape[1] :].sum())))
-        return original(loaded, ids, positions, mask, cache, last)
-
-    monkeypatch.setattr(score, "forward", spy)
-    choice_logprobs(loaded, prompts, [row[:1] for row in choices], batch_size=4)
-    assert seen[0] == ((1, 90), 90)
-    computed, real = (sum(shape.numel() for shape, _ in seen[1:]), sum(count for _, count in seen[1:]))
-    assert real <= computed <= real / (1 - score.PADDING)
-    assert computed < sum(map(len, prompts)) / 4
-    assert max(shape[0] for shape, _ in seen) == 4
+    passes = Passes(monkeypatch)
+    choice_logprobs(loaded, prompts, [row[:1] for row in choices], at_once=4)
+    tails = [len(prompt) - 90 for prompt in prompts]
+    # of choices with several tokens, all but the last are behind the prompt
+    tails[3] += 2
+    tails[7] += 3
+    assert [held for held, _, _ in passes.seen] == [0, 90, 90]
+    assert [new for _, new, _ in passes.seen] == [90 + sum(tails[:4]), sum(tails[4:8]), sum(tails[8:])]
+    assert [made for _, _, made in passes.seen] == [4 + 2, 4 + 3, 1]
 
 
-def test_batches_hold_every_row_once_and_close_at_their_size():
-    lengths = [5, 100, 99, 98, 97, 96, 5, 4, 1]
-    batches = score._batches(lengths, 4)
-    assert sorted(index for batch in batches for index in batch) == list(range(9))
-    assert batches[0] == [1, 2, 3, 4]
-    assert batches[1] == [5]  # the next is far shorter
-    assert score._batches([], 4) == []
+def test_a_pass_holds_so_many_tokens_and_positions(loaded, monkeypatch):
+    prompts, choices = subject(4)
+    monkeypatch.setitem(score.PASS_TOKENS, "cpu", 150)
+    passes = Passes(monkeypatch)
+    whole = choice_logprobs(loaded, prompts, choices)
+    assert all(new <= 150 for _, new, _ in passes.seen)
+    assert len(passes.seen) == 4
+    monkeypatch.setattr(score, "POSITIONS", 3)
+    passes.seen.clear()
+    np.testing.assert_allclose(choice_logprobs(loaded, prompts, choices), whole, atol=1e-5, rtol=0)
+    assert all(made <= 3 for _, _, made in passes.seen if made != 4)  # one row alone wants four
+    assert len(passes.seen) > 5
+
+
+def test_prompts_with_nothing_in_common_share_a_pass(loaded, monkeypatch):
+    rng = np.random.default_rng(8)
+    prompts = [rng.integers(0, 500, size=size).tolist() for size in (50, 7, 40)]
+    passes = Passes(monkeypatch)
+    scores = choice_logprobs(loaded, prompts, [[[1], [2]]] * 3)
+    assert passes.seen == [(0, 97, 3)]
+    loaded.model.eval()
+    expected = [[plain(loaded, prompt, [token]) for token in (1, 2)] for prompt in prompts]
+    np.testing.assert_allclose(scores, expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("window", [60, 120])
+def test_a_sliding_window_counts_the_tokens_of_a_row_alone(window, pytestconfig, tmp_path):
+    """Longer than the window alone, in one row with others only as far as the window reaches over all of it."""
+    root = next(p for p in pytestconfig.pluginmanager.get_plugins() if hasattr(p, "make_random_model"))
+    folder = root.make_random_model(tmp_path, family="mistral")
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"sliding_window": window}))
+    sliding = load_model(ModelSettings(model=str(folder)))
+    prompts, choices = subject(3, shared=90)
+    expected = [[plain(sliding, p, choice) for choice in row] for p, row in zip(prompts, choices, strict=True)]
+    np.testing.assert_allclose(choice_logprobs(sliding, prompts, choices), expected, atol=1e-4, rtol=0)
 
 
 def test_continuations_equal_the_plain_path_and_know_what_greedy_would_say(loaded, monkeypatch):
     """Contexts that begin alike and others, continuations of one and of many tokens, one context twice."""
-    monkeypatch.setattr(score, "LONG", 20)
+    monkeypatch.setattr(score, "POSITIONS", 20)
     rng = np.random.default_rng(5)
     prefix = rng.integers(0, 500, size=60).tolist()
     contexts = [prefix + [int(n)] * 3 for n in (7, 8, 9)] + [[int(n)] * 5 for n in (1, 2)] + [prefix[:40] + [3] * 30]
@@ -106,7 +144,7 @@ def test_continuations_equal_the_plain_path_and_know_what_greedy_would_say(loade
         requests.append((context, [best]))
     seen = []
     answers = score.continuation_logprobs(
-        loaded, requests, batch_size=3, on_progress=lambda done, total: seen.append((done, total))
+        loaded, requests, at_once=3, on_progress=lambda done, total: seen.append((done, total))
     )
     expected = [plain(loaded, context, continuation) for context, continuation in requests]
     np.testing.assert_allclose([value for value, _ in answers], expected, atol=1e-4, rtol=0)

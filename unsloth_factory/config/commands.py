@@ -119,8 +119,8 @@ class EvaluateConfig:
     """How generated answers are scored. Default: the benchmark's own; of a table number if all answers are, else f1."""
     split: Literal["val", "test"] | None = None
     """Questions that are scored. Default: the benchmark's own, val for ceval, test for cmmlu and mmlu."""
-    batch_size: int = 8
-    """Questions scored together."""
+    batch_size: int | None = None
+    """Answers generated together (default: 8), or most questions scored together (default: as is quickest)."""
     max_samples: int | None = None
     """Only the first so many questions, of a benchmark whose answers are generated."""
     max_new_tokens: int | None = None

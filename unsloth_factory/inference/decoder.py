@@ -90,7 +90,12 @@ def new_cache(loaded: LoadedModel) -> Any:
 
 
 def forward(
-    loaded: LoadedModel, ids: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor, cache: Any, last: int = 1
+    loaded: LoadedModel,
+    ids: torch.Tensor,
+    positions: torch.Tensor,
+    mask: torch.Tensor,
+    cache: Any,
+    last: int | torch.Tensor = 1,
 ) -> torch.Tensor:
     """Logits of the last positions, [B, last, V]; the cache grows by the new tokens.
 
@@ -98,9 +103,9 @@ def forward(
         loaded: The model.
         ids: New tokens, int64 [B, T].
         positions: Their positions, int64 [B, T].
-        mask: 1 for real tokens, int64 [B, cached + T].
+        mask: 1 for real tokens, int64 [B, cached + T]; or what is added to the scores, [B, 1, T, cached + T].
         cache: As made by `new_cache`.
-        last: How many positions at the end go through the output projection.
+        last: How many positions at the end go through the output projection; or which, int64 [last].
     """
     with loaded.autocast():
         output = loaded.causal_lm(

@@ -11,6 +11,8 @@ from unsloth_factory.inference.sampling import GREEDY, Sampling, choose, row_str
 from unsloth_factory.inference.thinking import ThinkingBudget
 from unsloth_factory.model.loaded import LoadedModel
 
+AT_ONCE = 8
+"""Answers computed together where nothing else is asked for."""
 Progress = Callable[[int, int], None]
 """Called with (done, total) as work is finished."""
 
@@ -36,7 +38,7 @@ def generate(
     stop_ids: Collection[int],
     max_new_tokens: int,
     sampling: Sampling = GREEDY,
-    batch_size: int = 8,
+    batch_size: int = AT_ONCE,
     on_progress: Progress | None = None,
     thinking: ThinkingBudget | None = None,
 ) -> list[Generation]:

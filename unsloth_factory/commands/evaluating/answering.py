@@ -15,7 +15,7 @@ from unsloth_factory.config.errors import UsageError
 from unsloth_factory.data.template import ChatTemplate
 from unsloth_factory.evaluation.generated.generative import Answerer
 from unsloth_factory.evaluation.generated.kept_answers import KeptAnswers
-from unsloth_factory.inference.generate import Generation, Progress, generate
+from unsloth_factory.inference.generate import AT_ONCE, Generation, Progress, generate
 from unsloth_factory.inference.thinking import ThinkingBudget
 from unsloth_factory.model.loaded import LoadedModel
 
@@ -45,12 +45,12 @@ class ModelAnswers:
         folder: Path,
     ) -> None:
         self._loaded, self._template = loaded, template
-        self._longest, self._batch_size = longest, config.batch_size
+        self._longest, self._batch_size = longest, config.batch_size or AT_ONCE
         self._budget = ThinkingBudget(config.thinking_budget, template, thinking) if config.thinking_budget else None
         settings: dict[str, Any] = {"max_new_tokens": longest, "thinking_budget": config.thinking_budget}
         settings |= {"thinking": thinking, "stop_ids": sorted(template.stop_ids)}
         self.kept: dict[str, KeptAnswers] = {
-            variant: KeptAnswers(folder, model_identity(variant, resolved, loaded), settings, chunk=config.batch_size)
+            variant: KeptAnswers(folder, model_identity(variant, resolved, loaded), settings, chunk=self._batch_size)
             for variant in resolved.variants
         }
 

@@ -83,11 +83,17 @@ class _Scored:
         return np.array([float(a == q.answer) for a, q in zip(picked, self.questions, strict=True)])
 
 
-def model_scorers(loaded: LoadedModel, variants: Sequence[str], batch_size: int) -> dict[str, Scorer]:
-    """A scorer for each variant of one loaded model; "base" switches the adapter off."""
+def model_scorers(loaded: LoadedModel, variants: Sequence[str], at_once: int | None = None) -> dict[str, Scorer]:
+    """A scorer for each variant of one loaded model; "base" switches the adapter off.
+
+    Args:
+        loaded: The model.
+        variants: "base", "tuned".
+        at_once: Most questions computed together; None: as many as are quickest.
+    """
 
     def tuned(prompts: Sequence[list[int]], choices: Sequence[Sequence[list[int]]]) -> np.ndarray:
-        return choice_logprobs(loaded, prompts, choices, batch_size=batch_size)
+        return choice_logprobs(loaded, prompts, choices, at_once=at_once)
 
     def base(prompts: Sequence[list[int]], choices: Sequence[Sequence[list[int]]]) -> np.ndarray:
         with loaded.adapter_disabled():

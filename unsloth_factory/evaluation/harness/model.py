@@ -13,7 +13,7 @@ from typing import Any
 from unsloth_factory.config.errors import UserError
 from unsloth_factory.data.template import ChatTemplate
 from unsloth_factory.data.types import Turn
-from unsloth_factory.inference.generate import Progress, generate
+from unsloth_factory.inference.generate import AT_ONCE, Progress, generate
 from unsloth_factory.inference.sampling import Sampling
 from unsloth_factory.inference.score import continuation_logprobs
 from unsloth_factory.model.loaded import LoadedModel
@@ -37,7 +37,7 @@ def require_harness() -> None:
 
 
 def harness_model(
-    loaded: LoadedModel, template: ChatTemplate, *, thinking: bool | None = None, batch_size: int = 8
+    loaded: LoadedModel, template: ChatTemplate, *, thinking: bool | None = None, batch_size: int | None = None
 ) -> Any:
     """The harness' LM of a loaded model.
 
@@ -45,7 +45,7 @@ def harness_model(
         loaded: The model (within `loaded.adapter_disabled()` it answers as the base).
         template: Renders prompts where the evaluation applies the chat template; its stop tokens end an answer.
         thinking: enable_thinking of such prompts; what is thought is taken from the answers.
-        batch_size: Rows computed together.
+        batch_size: Answers generated together (default: 8), or most rows scored together (default: as is quickest).
     """
     from lm_eval.api.model import TemplateLM
 
@@ -58,7 +58,9 @@ class HarnessMethods:
     cache_hook: Any
     backend = "causal"
 
-    def __init__(self, loaded: LoadedModel, template: ChatTemplate, thinking: bool | None, batch_size: int) -> None:
+    def __init__(
+        self, loaded: LoadedModel, template: ChatTemplate, thinking: bool | None, batch_size: int | None
+    ) -> None:
         super().__init__()
         self._loaded, self._template, self._thinking = loaded, template, thinking
         self.tokenizer = loaded.tokenizer
@@ -115,7 +117,7 @@ class HarnessMethods:
                 raise UserError(f"A continuation of {len(continuation)} tokens; 1 to {self.max_length} fit the model.")
             room = self.max_length + 1 - len(continuation)
             pairs.append((context[-room:], continuation))
-        answers = continuation_logprobs(self._loaded, pairs, batch_size=self.batch_size, on_progress=self.on_progress)
+        answers = continuation_logprobs(self._loaded, pairs, at_once=self.batch_size, on_progress=self.on_progress)
         for (texts, _context, _continuation), answer in zip(requests, answers, strict=True):
             if texts is not None:
                 self.cache_hook.add_partial("loglikelihood", texts, answer)
@@ -183,7 +185,7 @@ class HarnessMethods:
                 stop_ids=self._template.stop_ids,
                 max_new_tokens=min(block, longest - len(given[going[0]])),
                 sampling=sampling,
-                batch_size=self.batch_size,
+                batch_size=self.batch_size or AT_ONCE,
             )
             for row, piece in zip(going, pieces, strict=True):
                 given[row] += piece.ids

@@ -38,7 +38,9 @@ def cached_forward(
 
 
 def _mask(attention_mask: torch.Tensor | None, past: int, new: int, device: torch.device) -> torch.Tensor | None:
-    """Which cached tokens each new one may read, bool [B or 1, 1, T, S]; None where each reads all."""
+    """Which cached tokens each new one may read, [B or 1, 1, T, S], bool or added; None where each reads all."""
+    if attention_mask is not None and attention_mask.ndim == 4:
+        return attention_mask
     padded = attention_mask is not None and bool((attention_mask == 0).any())
     if new == 1 and not padded:
         return None
