@@ -179,7 +179,9 @@ def _compute(
 ) -> Iterator[tuple[int, tuple[float, bool]]]:
     """(request, its answer) of all requests of a pass."""
     logits, starts = _logits(loaded, work, cache)
-    places, tokens, counts = [], [], []
+    places: list[int] = []
+    tokens: list[int] = []
+    counts: list[tuple[int, int]] = []
     for row, start in zip(work.rows, starts, strict=True):
         for request in row.requests:
             context, continuation = requests[request]
