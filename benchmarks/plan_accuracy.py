@@ -6,7 +6,8 @@
 
 `run` starts `uf sft` with the settings of a configuration (--max_steps, no evaluation), ends it when the last step is
 in metrics.jsonl, and notes the peak of torch.cuda.max_memory_reserved and the median of tokens/s from the third step
-on. Speed and memory do not depend on the values of the weights as long as they are random. `run --history` keeps the
+on; of a training that --engine auto gives to the fast engine, whose steps now and then meet a new size and make a graph
+for it, all tokens by all seconds from the third step on. Speed and memory do not depend on the values of the weights as long as they are random. `run --history` keeps the
 allocator's events of these runs.
 """
 
@@ -22,14 +23,14 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 TINY = ROOT / "unsloth_factory" / "assets" / "tiny_model"
-STEPS, ACCUMULATION, WARM = int(os.environ.get("PLAN_STEPS", "8")), 2, 2
+STEPS, FAST_STEPS, ACCUMULATION, WARM = 8, 24, 2, 2
 SHAPES = {
     "0.6B": {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16},
     "1.7B": {"hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 28, "num_attention_heads": 16},
@@ -58,12 +59,18 @@ class Case:
     cap_gib: float | None = None
     """Of the card's memory; None: all of it."""
 
+    @property
+    def steps(self) -> int:
+        """Optimizer steps."""
+        return FAST_STEPS if self.engine == "auto" else STEPS
+
     def flags(self, model: Path, data: Path) -> list[str]:
         """The settings, as `uf sft` and `uf plan` take them."""
         words = ["--model", str(model), "--dataset", str(data), "--max_seq_length", str(self.length)]
         words += ["--batch_size", str(self.batch), "--accumulation_steps", str(ACCUMULATION)]
-        words += ["--max_steps", str(STEPS), "--val_split", "0", "--optimizer", self.optimizer]
+        words += ["--max_steps", str(self.steps), "--val_split", "0", "--optimizer", self.optimizer]
         words += ["--engine", self.engine]
+        words += ["--max_memory", f"{self.cap_gib}GiB"] if self.cap_gib else []
         words += {"qlora": ["--quantization_bit", "4"], "lora": ["--no_quantization"]}.get(
             self.kind, ["--finetuning_type", self.kind]
         )
@@ -103,6 +110,11 @@ LATER_VALIDATION = (
     Case("x03", "4B", "qlora", 2048, 1, True),
 )
 """Measured after the model of speed had been fitted to all others."""
+AUTO = tuple(
+    replace(case, name=f"a{case.name[1:]}", engine="auto", cap_gib=14.2 if case.name in ("w05", "w10") else None)
+    for case in LATER_VALIDATION[:12]
+)
+"""The same through --engine auto, which takes the fast engine for all but full training; two of them on a small card."""
 CALIBRATION = (
     Case("c1", "1.7B", "qlora", 512, 1, True),
     Case("c2", "1.7B", "full", 2048, 2, True, "adamw"),
@@ -114,7 +126,12 @@ CALIBRATION = (
     Case("c8", "1.7B", "lora", 1024, 8, True, mixed=True),
     Case("c9", "1.7B", "qlora", 512, 2, True, method="dpo"),
 )
-FAST_CALIBRATION = (
+FAST_AUTO = tuple(
+    replace(case, name=f"a{case.name[1:]}", engine="auto", cap_gib=14.2 if case.name in ("w05", "w10") else None)
+    for case in LATER_VALIDATION[:12]
+)
+"""The same through --engine auto, which takes the fast engine for all but full training; two of them on a small card."""
+CALIBRATION = (
     Case("f1", "1.7B", "qlora", 2048, 4, True, engine="auto"),
     Case("f2", "4B", "qlora", 1024, 2, True, engine="auto"),
     Case("f3", "4B", "lora", 4096, 1, True, engine="auto"),
@@ -127,7 +144,9 @@ TINY_CASES = (
     Case("t2", "tiny", "full", 64, 1, False, "adamw", mixed=True),
     Case("t3", "tiny", "lora", 64, 1, True, method="dpo"),
 )
-CASES = {case.name: case for case in (*VALIDATION, *LATER_VALIDATION, *CALIBRATION, *FAST_CALIBRATION, *TINY_CASES)}
+CASES = {
+    case.name: case for case in (*VALIDATION, *LATER_VALIDATION, *AUTO, *CALIBRATION, *FAST_CALIBRATION, *TINY_CASES)
+}
 
 
 def make(folder: Path, name: str) -> dict[str, Any]:
@@ -219,7 +238,7 @@ def write_data(path: Path, case: Case) -> None:
         return tokenizer.decode(tokenizer.encode(words).ids[:tokens]).replace("\ufffd", "")
 
     with open(path, "w", encoding="utf-8") as file:
-        for number in range(STEPS * case.batch * ACCUMULATION):
+        for number in range(case.steps * case.batch * ACCUMULATION):
             length = case.length
             if case.mixed and number:
                 length = min(length, max(32, round(length / 3 * chooser.lognormvariate(0, 0.7))))
@@ -244,9 +263,6 @@ def child(case: Case, models: Path, runs: Path, history: bool) -> None:
     started = time.time()
     run = runs / case.name
     cuda = torch.cuda.is_available()
-    if cuda and case.cap_gib:
-        total = torch.cuda.get_device_properties(0).total_memory
-        torch.cuda.set_per_process_memory_fraction(case.cap_gib * 2**30 / total)
     if history and cuda:
         torch.cuda.memory._record_memory_history(enabled="all", context=None, max_entries=400_000)
     threading.Thread(target=_watch, args=(case, run, started, history and cuda), daemon=True).start()
@@ -258,7 +274,7 @@ def child(case: Case, models: Path, runs: Path, history: bool) -> None:
 def _watch(case: Case, run: Path, started: float, history: bool) -> None:
     """End the process once metrics.jsonl holds the last step: what follows (saving) is not measured."""
     path = run / "metrics.jsonl"
-    while not path.is_file() or path.read_bytes().count(b"\n") < STEPS:
+    while not path.is_file() or path.read_bytes().count(b"\n") < case.steps:
         time.sleep(0.02)
     if history:
         _write_history(Path(os.environ.get("OUT", run)) / f"history_{case.name}.npz")
@@ -276,9 +292,12 @@ def _report(case: Case, run: Path, started: float, code: int) -> None:
     result: dict[str, Any] = asdict(case) | {"exit": code, "steps": len(steps)}
     result["seconds"] = round(time.time() - started, 1)
     if steps:
-        result["tokens_per_second"] = round(
-            statistics.median(r["tokens_per_second"] for r in steps[min(WARM, len(steps) - 1) :]), 1
-        )
+        later = steps[min(WARM, len(steps) - 1) :]
+        speeds = [row["tokens_per_second"] for row in later]
+        seconds = sum(row["tokens"] / row["tokens_per_second"] for row in later)
+        fast = case.engine == "auto"
+        speed = sum(row["tokens"] for row in later) / seconds if fast else statistics.median(speeds)
+        result["tokens_per_second"] = round(speed, 1)
         result["speeds"] = [round(row["tokens_per_second"]) for row in steps]
         result["tokens"] = [row["tokens"] for row in steps]
     if torch.cuda.is_available():
@@ -357,6 +376,7 @@ def plans(models: Path, runs: Path, names: list[str]) -> None:
             "host_bound": forecast.host_bound,
             "longest": forecast.longest,
         }
+        plan["engine"] = forecaster.training.engine
         print(json.dumps(plan), flush=True)
 
 
@@ -371,6 +391,8 @@ def table(results: list[dict[str, Any]]) -> None:
         words += ", " + ("checkpointing" if row["checkpointing"] else "no checkpointing")
         words += "" if row["optimizer"] == "adamw_8bit" else f", {row['optimizer']}"
         words += "" if row["method"] == "sft" else f", {row['method']}"
+        words += f", {row['cap_gib']} GiB" if row.get("cap_gib") else ""
+        words += f" [{plan['engine']}]" if plan.get("engine") else ""
         cells = []
         for key, unit, form in (("reserved", 2**30, "{:.2f}"), ("tokens_per_second", 1, "{:,.0f}")):
             measured, predicted = row.get(key), plan.get(key)

@@ -51,16 +51,32 @@ def test_the_page_says_all_in_80_columns(llama: Path, monkeypatch: pytest.Monkey
     assert lines[-1].startswith("uf sft --model ")
 
 
-def test_which_engine_was_planned(llama: Path) -> None:
-    words = ("plan", "--model", llama, "--gpu", "T4", "--max_seq_length", 256)
-    assert "Planned for the standard engine. On a GPU --engine auto" in uf(*words).words
+def test_the_engine_that_auto_would_take_is_planned(llama: Path) -> None:
+    words = ("--model", llama, "--gpu", "T4", "--max_seq_length", 256)
+    assert "Engine fast: activations fill the memory" in uf("plan", *words).words
+    code, plan = planned(*words)
+    assert (code, plan["engine"]) == (0, "fast")
+    assert planned(*words, "--engine", "fast")[1]["engine"] == "fast"
     for other in (
         ("--engine", "standard"),
         ("--finetuning_type", "full"),
         ("--lora_dropout", 0.1),
         ("--method", "dpo"),
     ):
-        assert "Planned for the standard engine" not in uf(*words, *other).words
+        assert planned(*words, *other)[1]["engine"] == "standard"
+    outcome = uf("plan", *words, "--engine", "fast", "--lora_dropout", 0.1)
+    assert outcome.code == 2
+    assert "--engine fast cannot run --lora_dropout" in outcome.err
+
+
+def test_the_fast_engine_takes_the_memory_there_is(llama: Path) -> None:
+    words = ("--model", llama, "--gpu", "T4")
+    _, plan = planned(*words)
+    _, less = planned(*words, "--max_memory", "1.5GiB")
+    _, least = planned(*words, "--engine", "fast", "--low_memory")
+    assert less["reserved"] <= 1.5 * 2**30 < plan["reserved"]
+    assert least["reserved"] < less["reserved"]
+    assert least["tokens_per_second"] < less["tokens_per_second"] < plan["tokens_per_second"]
 
 
 def test_the_sums_of_the_page_are_those_of_the_verdict(llama: Path) -> None:
@@ -104,7 +120,20 @@ def test_every_setting_survives_the_command_line(tmp_path: Path) -> None:
 
 
 def test_lengths_come_from_the_dataset() -> None:
-    words = ("--model", "tiny", "--gpu", "T4", "--dataset", DATA, "--epochs", 1, "--batch_size", 4)
+    words = (
+        "--model",
+        "tiny",
+        "--gpu",
+        "T4",
+        "--dataset",
+        DATA,
+        "--epochs",
+        1,
+        "--engine",
+        "standard",
+        "--batch_size",
+        4,
+    )
     code, plan = planned(*words)
     assert code == 0
     assert not plan["assumed_data"]
@@ -115,6 +144,8 @@ def test_lengths_come_from_the_dataset() -> None:
     assert short["longest_micro_batch"] <= 4 * 64
     _, padded = planned(*words, "--no_packing")
     assert padded["longest_micro_batch"] >= plan["longest_micro_batch"]
+    _, together = planned(*words[:-4], "--engine", "fast", "--batch_size", 1, "--accumulation_steps", 16)
+    assert 8 * 400 > together["longest_micro_batch"] > plan["longest_micro_batch"]
 
 
 def test_preference_pairs_take_two_rows_each(tmp_path: Path) -> None:
@@ -137,6 +168,9 @@ def test_a_size_alone_tells_memory_but_no_speed(llama: Path) -> None:
 
 def test_what_does_not_fit_is_made_to_fit(llama: Path) -> None:
     words = ("--model", llama, "--gpu", "2.5GB", "--no_quantization", "--batch_size", 8, "--max_seq_length", 2048)
+    code, plan = planned(*words)
+    assert (code, plan["verdict"]) == (0, "fits")  # the fast engine cuts and recomputes by itself
+    words += ("--engine", "standard")
     code, plan = planned(*words)
     assert code == 1
     assert plan["verdict"] == "does not fit"
@@ -179,7 +213,7 @@ def test_a_llama_factory_file_can_be_planned(tmp_path: Path) -> None:
         (("--model", "tiny", "--gpu", "Voodoo2"), "--gpu Voodoo2: unknown"),
         (("--model", "tiny", "--gpu", "T4", "--method", "grpo"), "--method grpo: this version cannot train it"),
         (("--model", "tiny", "--gpu", "T4", "--method", "dpo", "--finetuning_type", "full"), "dpo trains LoRA alone"),
-        (("--model", "tiny", "--gpu", "T4", "--engine", "unsloth"), "only the standard engine can be planned for"),
+        (("--model", "tiny", "--gpu", "T4", "--engine", "unsloth"), "--engine unsloth: not in this version"),
         (("--model", "tiny", "--gpu", "T4", "--finetuning_type", "freeze", "--freeze_last_n", 9), "has 4 layers"),
         (("--model", "tiny", "--gpu", "T4", "--lora_target", "qkv"), "no linear layer has that name"),
         (("--model", "tiny", "--gpu", "T4", "--dataset", DATA, "--domain", "astrology"), "--domain astrology"),

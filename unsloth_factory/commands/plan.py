@@ -19,6 +19,7 @@ from unsloth_factory.config.commands import DpoConfig, PlanConfig, SftConfig
 from unsloth_factory.config.errors import UsageError, UserError
 from unsloth_factory.config.fields import settings_of
 from unsloth_factory.config.parse import flat_values
+from unsloth_factory.estimate.fast_engine import why_not_fast
 from unsloth_factory.estimate.forecast import (
     Choice,
     Forecast,
@@ -42,6 +43,8 @@ class Plan:
 
     config: PlanConfig
     model: ModelShape
+    engine: str
+    """That --engine auto would take, or that was asked for."""
     gpu: Gpu
     asked: Forecast
     """With the settings as given."""
@@ -74,6 +77,7 @@ class Plan:
             "slack": self.asked.memory.slack,
             "allocated": self.asked.memory.allocated,
             "context": self.gpu.context,
+            "engine": self.engine,
             "gpu": asdict(self.gpu),
             "parameters": self.model.parameters(),
             "trained_parameters": self.asked.memory.trained,
@@ -117,6 +121,7 @@ def make_plan(config: PlanConfig) -> Plan:
     return Plan(
         config=config,
         model=forecaster.training.shape,
+        engine=forecaster.training.engine,
         gpu=forecaster.gpu,
         asked=asked,
         advised=advised,
@@ -145,8 +150,9 @@ def forecaster_of(config: PlanConfig) -> Forecaster:
     path = find_config(config.model.model, config.model.hub)
     shape = read_shape(path)
     gpu = _gpu(config.gpu)
-    training = _training(config, shape, gpu)
-    return Forecaster(training, workload_of(config, path), gpu)
+    if config.model.max_memory is not None:
+        gpu = replace(gpu, memory=min(gpu.memory, config.model.max_memory + gpu.context))
+    return Forecaster(_training(config, shape, gpu), workload_of(config, path), gpu)
 
 
 def choice_of(config: PlanConfig, training: Training) -> Choice:
@@ -168,8 +174,8 @@ def _check(config: PlanConfig) -> None:
         )
     if config.method == "dpo" and config.tuning.finetuning_type != "lora":
         raise UsageError(f"--method dpo --finetuning_type {config.tuning.finetuning_type}: dpo trains LoRA alone.")
-    if config.model.engine not in ("auto", "standard"):
-        raise UsageError(f"--engine {config.model.engine}: only the standard engine can be planned for.")
+    if config.model.engine == "unsloth":
+        raise UsageError("--engine unsloth: not in this version. Use standard, fast or auto.")
 
 
 def _gpu(name: str) -> Gpu:
@@ -191,7 +197,7 @@ def _training(config: PlanConfig, shape: ModelShape, gpu: Gpu) -> Training:
     if tuning.finetuning_type == "freeze" and tuning.freeze_last_n > shape.layers:
         raise UserError(f"--freeze_last_n {tuning.freeze_last_n}: the model has {shape.layers} layers.")
     wanted = tuning.quantization_bit == 4 or (tuning.finetuning_type == "lora" and not tuning.no_quantization)
-    return Training(
+    training = Training(
         shape=shape,
         kind=tuning.finetuning_type,
         quantized=wanted or shape.prequantized,
@@ -201,7 +207,14 @@ def _training(config: PlanConfig, shape: ModelShape, gpu: Gpu) -> Training:
         freeze_last_n=tuning.freeze_last_n,
         method="dpo" if config.method == "dpo" else "sft",
         capability=gpu.capability,
+        low_memory=config.model.low_memory,
     )
+    if config.model.engine == "standard":
+        return training
+    reason = why_not_fast(training)
+    if reason is not None and config.model.engine == "fast":
+        raise UsageError(f"--engine fast cannot run {reason}. Use --engine standard.")
+    return replace(training, engine="fast" if reason is None else "standard")
 
 
 def _longest(forecaster: Forecaster, choice: Choice) -> int | None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from unsloth_factory.config.settings import OptimizerType
+from unsloth_factory.estimate.fast_engine import FastEngine
 from unsloth_factory.estimate.memory import MemoryEstimate, Rehearsal, Training
 from unsloth_factory.estimate.speed import Host, Pace, update_seconds
 from unsloth_factory.estimate.workload import Workload
@@ -83,13 +84,14 @@ class Forecaster:
             checkpointing=choice.checkpointing,
             accumulates=choice.accumulation_steps > 1,
         )
+        if training.engine == "fast":
+            return self._fast(training, choice)
         steps = self.workload.steps(choice.batch_size, choice.accumulation_steps, choice.max_seq_length)
         memory = Rehearsal(training).estimate(steps.longest)
-        share = memory.reserved / self.gpu.room
         forecast = Forecast(
             choice=choice,
             memory=memory,
-            verdict="fits" if share <= COMFORT else "tight" if share <= 1 else "does not fit",
+            verdict=self._verdict(memory.reserved),
             steps=steps.count,
             tokens=steps.tokens,
             longest=steps.longest.count,
@@ -100,6 +102,27 @@ class Forecaster:
         seconds = sum(pace.seconds(rows.count) for rows in steps.batches)
         seconds += steps.count * update_seconds(training, self.gpu, self.host)
         return replace(forecast, seconds=seconds, host_bound=pace.typical.host_bound)
+
+    def _verdict(self, needed: int) -> Verdict:
+        share = needed / self.gpu.room
+        return "fits" if share <= COMFORT else "tight" if share <= 1 else "does not fit"
+
+    def _fast(self, training: Training, choice: Choice) -> Forecast:
+        """With the fast engine, which takes what there is: whether it fits depends on the least that it needs."""
+        engine = FastEngine(training, self.gpu)
+        sizes = choice.batch_size, choice.accumulation_steps, choice.max_seq_length
+        steps = self.workload.packed(*sizes, engine.budget)
+        micro_batches = [one for step in steps for one in step]
+        known = self.gpu.products is not None and self.gpu.bandwidth is not None
+        return Forecast(
+            choice=choice,
+            memory=engine.memory(micro_batches),
+            verdict=self._verdict(engine.least(micro_batches)),
+            steps=len(steps),
+            tokens=sum(sum(one.lengths) for one in micro_batches),
+            longest=max(sum(one.lengths) for one in micro_batches),
+            seconds=engine.seconds(steps) if known else None,
+        )
 
 
 def splits(choice: Choice) -> list[Choice]:
@@ -115,6 +138,9 @@ def best(forecaster: Forecaster, choice: Choice) -> Forecast | None:
     The choice itself, where it fits and nothing is clearly faster. On a card of unknown speed: the largest micro-batch
     that fits, without checkpointing where that fits.
     """
+    if forecaster.training.engine == "fast":  # which cuts micro-batches and recomputes layers as it sees fit
+        own = forecaster.forecast(choice)
+        return own if own.verdict == "fits" else None
     found: list[Forecast] = []
     for checkpointing in (False, True):
         for candidate in splits(replace(choice, checkpointing=checkpointing)):
@@ -152,14 +178,15 @@ def changes(old: Choice, new: Choice) -> list[str]:
     return words
 
 
-def reductions(choice: Choice, kind: str) -> Iterator[Choice]:
+def reductions(choice: Choice, kind: str, engine: str = "standard") -> Iterator[Choice]:
     """What can be given up, cheapest first; each keeps the ones before it. The samples of a step stay."""
-    for smaller in reversed([split for split in splits(choice) if split.batch_size < choice.batch_size]):
-        choice = smaller
-        yield choice
-    if not choice.checkpointing:
-        choice = replace(choice, checkpointing=True)
-        yield choice
+    if engine == "standard":
+        for smaller in reversed([split for split in splits(choice) if split.batch_size < choice.batch_size]):
+            choice = smaller
+            yield choice
+        if not choice.checkpointing:
+            choice = replace(choice, checkpointing=True)
+            yield choice
     if choice.optimizer == "adamw":
         choice = replace(choice, optimizer="adamw_8bit")
         yield choice
@@ -176,7 +203,7 @@ def first_that_fits(forecaster: Forecaster, choice: Choice) -> Forecast | None:
     What had been given up before the decisive reduction is taken back where that still fits.
     """
     candidate = choice
-    for candidate in reductions(choice, forecaster.training.kind):
+    for candidate in reductions(choice, forecaster.training.kind, forecaster.training.engine):
         if forecaster.forecast(candidate).verdict == "fits":
             kept = replace(candidate, optimizer=choice.optimizer)
             candidate = kept if forecaster.forecast(kept).verdict == "fits" else candidate
@@ -200,9 +227,10 @@ def longest_that_fits(forecaster: Forecaster, choice: Choice, limit: int | None 
 def larger(forecaster: Forecaster, choice: Choice) -> list[tuple[str, Forecast]]:
     """The next larger choices, one change each, whether they fit or not."""
     options: list[tuple[str, Choice]] = []
-    if choice.checkpointing:
+    standard = forecaster.training.engine == "standard"
+    if choice.checkpointing and standard:
         options.append(("no checkpointing", replace(choice, checkpointing=False)))
-    if choice.accumulation_steps % 2 == 0:
+    if choice.accumulation_steps % 2 == 0 and standard:
         twice = replace(choice, batch_size=2 * choice.batch_size, accumulation_steps=choice.accumulation_steps // 2)
         options.append((f"micro-batches of {twice.batch_size}", twice))
     if choice.quantized and not forecaster.training.shape.prequantized:

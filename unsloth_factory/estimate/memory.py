@@ -38,6 +38,9 @@ class Training:
     method: Literal["sft", "dpo"] = "sft"
     capability: tuple[int, int] = (8, 0)
     """Compute capability of the card."""
+    engine: Literal["standard", "fast"] = "standard"
+    low_memory: bool = False
+    """Of the fast engine: every layer is recomputed, the embedding stays in the CPU's memory."""
 
     def layout(self) -> Layout:
         """Formats and trained parts."""

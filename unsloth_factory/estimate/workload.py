@@ -29,6 +29,17 @@ class Sample:
 
 Order = Callable[[int, int, int], Iterable[list[list[int]]]]
 """(samples, batch size, accumulation steps) -> the micro-batches of every optimizer step, as sample indices."""
+Merge = Callable[[Sequence[Sample], Callable[[Sample], tuple[int, ...]], int], Sequence[Sequence[Sample]]]
+"""(samples of a step, lengths of one, tokens) -> the micro-batches of at most so many tokens that they become."""
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A micro-batch of the fast engine: documents one behind the other."""
+
+    lengths: tuple[int, ...]
+    trained: int
+    """Positions with a target."""
 
 
 @dataclass(frozen=True)
@@ -40,12 +51,12 @@ class Workload:
     packing: bool = True
     assumed: bool = False
     """Nothing is known of the data."""
+    merge: Merge | None = None
+    """How the fast engine puts the samples of a step together; None: it leaves the micro-batches as they are."""
 
     def steps(self, batch_size: int, accumulation_steps: int, longest: int) -> Steps:
         """The steps with these settings."""
-        samples = [sample.cut(longest) for sample in self.samples]
-        if self.assumed:
-            samples = [partial_sample(longest, len(self.samples[0].lengths))] * len(samples)
+        samples = self._samples(longest)
         batches, sizes, tokens = [], [], 0
         for step in self.order(len(samples), batch_size, accumulation_steps):
             made = [rows_of([samples[index] for index in group], self.packing) for group in step]
@@ -53,6 +64,27 @@ class Workload:
             tokens += sum(count for _, count in made)
             sizes.append(len(made))
         return Steps(batches, len(sizes), tokens)
+
+    def packed(self, batch_size: int, accumulation_steps: int, longest: int, budget: int | None) -> list[list[Packed]]:
+        """The micro-batches of every step as the fast engine makes them, of at most `budget` tokens."""
+        samples = self._samples(longest)
+        steps = []
+        for step in self.order(len(samples), batch_size, accumulation_steps):
+            groups: Sequence[Sequence[Sample]] = [[samples[index] for index in group] for group in step]
+            if self.merge is not None and self.packing and budget is not None:
+                groups = self.merge([sample for group in groups for sample in group], lambda one: one.lengths, budget)
+            steps.append([_packed(group) for group in groups])
+        return steps
+
+    def _samples(self, longest: int) -> list[Sample]:
+        if self.assumed:
+            return [partial_sample(longest, len(self.samples[0].lengths))] * len(self.samples)
+        return [sample.cut(longest) for sample in self.samples]
+
+
+def _packed(group: Sequence[Sample]) -> Packed:
+    lengths = tuple(length for sample in group for length in sample.lengths)
+    return Packed(lengths, sum(sample.trained for sample in group))
 
 
 def partial_sample(length: int, rows: int) -> Sample:
@@ -97,11 +129,14 @@ def uniform_order(
     return [[[index % samples for index in group] for group in step] for _ in range(steps)]
 
 
-def assumed_workload(longest: int, rows: int, packing: bool, epochs: float, max_steps: int | None) -> Workload:
+def assumed_workload(
+    longest: int, rows: int, packing: bool, epochs: float, max_steps: int | None, merge: Merge | None = None
+) -> Workload:
     """What is planned with when there is no dataset."""
     return Workload(
         samples=(partial_sample(longest, rows),) * ASSUMED_SAMPLES,
         order=partial(uniform_order, epochs=epochs, max_steps=max_steps),
         packing=packing,
         assumed=True,
+        merge=merge,
     )

@@ -11,6 +11,7 @@ from unsloth_factory.config.commands import PlanConfig
 from unsloth_factory.config.errors import UsageError, UserError
 from unsloth_factory.estimate.workload import Sample, Workload, assumed_workload
 from unsloth_factory.model.shapes import has_tokenizer
+from unsloth_factory.training.memory.cuts import merged
 
 
 def workload_of(config: PlanConfig, model: Path) -> Workload:
@@ -26,14 +27,14 @@ def workload_of(config: PlanConfig, model: Path) -> Workload:
     loop, packing = config.loop, not config.loop.no_packing
     if config.data.dataset is None:
         rows = 2 if config.method == "dpo" else 1
-        return assumed_workload(config.data.max_seq_length, rows, packing, loop.epochs, loop.max_steps)
+        return assumed_workload(config.data.max_seq_length, rows, packing, loop.epochs, loop.max_steps, merged)
     if not has_tokenizer(model.parent):
         raise UserError(
             f"--dataset {config.data.dataset} needs the model's tokenizer, and {model.parent} has none. Copy "
             "tokenizer.json there, or leave --dataset out: samples of --max_seq_length are then assumed."
         )
     order = partial(_step_order, epochs=loop.epochs, max_steps=loop.max_steps, seed=loop.seed)
-    return Workload(tuple(_samples(config, model.parent)), order, packing)
+    return Workload(tuple(_samples(config, model.parent)), order, packing, merge=merged)
 
 
 def _step_order(

@@ -51,18 +51,11 @@ def _print_verdict(console: Console, plan: Plan) -> None:
     console.print(line, highlight=False)
     console.print(_work_line(plan), highlight=False)
     console.print(_pace_line(plan), highlight=False)
-    if _may_be_fast(plan):
+    if plan.engine == "fast":
         console.print(
-            "Planned for the standard engine. On a GPU --engine auto takes the fast one where it can: quicker, and its "
-            "micro-batches are as large as the memory allows",
+            "Engine fast: activations fill the memory that there is; with less of it, layers recompute more",
             highlight=False,
         )
-
-
-def _may_be_fast(plan: Plan) -> bool:
-    config = plan.config
-    lora = config.tuning.finetuning_type == "lora" and not config.tuning.lora_dropout
-    return config.model.engine == "auto" and config.method == "sft" and lora
 
 
 def _work_line(plan: Plan) -> str:
@@ -71,9 +64,12 @@ def _work_line(plan: Plan) -> str:
     if config.tuning.finetuning_type == "lora":
         kind = "QLoRA" if asked.choice.quantized else "LoRA"
     choice = asked.choice
+    work = f"{config.method}, {kind}: {_count(asked.memory.trained)} of {_count(model.total)} parameters, "
+    if plan.engine == "fast":
+        samples = choice.batch_size * choice.accumulation_steps
+        return f"{work}steps of {samples} samples in micro-batches of up to {asked.longest:,} tokens"
     return (
-        f"{config.method}, {kind}: {_count(asked.memory.trained)} of {_count(model.total)} parameters, micro-batches "
-        f"of {choice.batch_size} x {choice.accumulation_steps}, longest {asked.longest:,} tokens"
+        f"{work}micro-batches of {choice.batch_size} x {choice.accumulation_steps}, longest {asked.longest:,} tokens"
         + (", gradient checkpointing" if choice.checkpointing else "")
     )
 

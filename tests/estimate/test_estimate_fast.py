@@ -1,0 +1,107 @@
+"""The fast engine's plan: memory and speed that were measured on an H200, and what they must follow.
+
+`MEASURED` is one run of benchmarks/plan_accuracy.py (f1 to f6, 2026-11-22), to which the constants were fitted.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from unsloth_factory.estimate.fast_engine import FastEngine, why_not_fast
+from unsloth_factory.estimate.forecast import Choice, Forecaster, best, larger, reductions
+from unsloth_factory.estimate.memory import Training
+from unsloth_factory.estimate.workload import Packed, assumed_workload
+from unsloth_factory.model.gpus import GPUS
+from unsloth_factory.training.memory.cuts import merged
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from estimate_jobs import GIB, SHAPES, training  # noqa: E402
+
+H200 = GPUS["H200"]
+
+
+def fast(model: str, kind: str = "qlora", **changes: Any) -> Training:
+    return replace(training(SHAPES[model], kind, capability=(9, 0), optimizer="adamw_8bit", **changes), engine="fast")
+
+
+def rows(lengths: tuple[int, ...]) -> Packed:
+    return Packed(lengths, sum(lengths) // 2)
+
+
+# model, kind, the micro-batches of a step; max_memory_reserved, tokens/s
+MEASURED = {
+    "f1": ("1.7B", "qlora", [(2028,) * 4] * 2, 13_465_812_992, 56_555),
+    "f2": ("4B", "qlora", [(1016,) * 4], 25_251_807_232, 25_204),
+    "f3": ("4B", "lora", [(4040,) * 2], 31_375_491_072, 20_318),
+    "f4": ("8B", "qlora", [(2030,) * 2], 33_799_798_784, 15_030),
+}
+
+
+@pytest.mark.parametrize("name", MEASURED)
+def test_memory_and_speed_as_measured(name: str) -> None:
+    model, kind, micro_batches, reserved, pace = MEASURED[name]
+    engine = FastEngine(fast(model, kind), H200)
+    step = [rows(lengths) for lengths in micro_batches]
+    assert engine.memory(step).reserved == pytest.approx(reserved, rel=0.02)
+    tokens = sum(sum(one.lengths) for one in step)
+    seconds = engine.seconds([step] * 1001) - engine.seconds([step])
+    assert 1000 * tokens / seconds == pytest.approx(pace, rel=0.1)
+
+
+def test_a_sample_may_be_cut_to_any_memory_but_not_to_none() -> None:
+    """8B in 4 bit: 16 GB take samples of 2,048 tokens with room to spare, 8 GB recompute, 6 GB are too few."""
+    job = fast("8B")
+    forecasts = {}
+    for gib in (80, 14.5, 8, 6):
+        card = replace(H200, memory=int(gib * GIB))
+        workload = assumed_workload(2048, 1, True, 1.0, 10, merged)
+        forecasts[gib] = Forecaster(job, workload, card).forecast(Choice(2, 4, True, True, "adamw_8bit", 2048))
+    assert [forecasts[gib].verdict for gib in (80, 14.5, 8)] == ["fits"] * 3
+    assert forecasts[6].verdict == "does not fit"
+    speeds = [forecasts[gib].tokens_per_second or 0 for gib in (80, 14.5, 8)]
+    assert speeds[0] > speeds[1] > 1.1 * speeds[2]
+    assert forecasts[80].longest == 8192
+    assert 2048 <= forecasts[14.5].longest <= 4096
+    for gib in (14.5, 8):
+        assert forecasts[gib].memory.reserved <= gib * GIB - H200.context
+
+
+def test_new_sizes_cost_a_graph_each() -> None:
+    engine = FastEngine(fast("4B"), H200)
+    alike = [[rows((1000, 1000))]] * 10
+    different = [[rows((1000, 1000 + 128 * number))] for number in range(10)]
+    more = engine.seconds(different) - engine.seconds(alike)
+    longer = sum(engine.seconds([one]) for one in different) - 10 * engine.seconds([alike[0]])
+    assert more - longer == pytest.approx(9 * 36 * 2.8e-3, rel=0.01)
+
+
+def test_choices_that_the_engine_makes_itself_are_not_offered() -> None:
+    workload = assumed_workload(1024, 1, True, 1.0, 10, merged)
+    forecaster = Forecaster(fast("1.7B"), workload, H200)
+    choice = Choice(2, 4, True, True, "adamw", 1024)
+    found = best(forecaster, choice)
+    assert found is not None
+    assert found.choice == choice
+    assert not {"no checkpointing", "micro-batches of 4"} & {what for what, _ in larger(forecaster, choice)}
+    assert [c.optimizer for c in reductions(choice, "lora", "fast")] == ["adamw_8bit", "paged_adamw_8bit"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"method": "dpo"}, "--method dpo"),
+        ({"kind": "full"}, "--finetuning_type full"),
+        ({"lora_dropout": True}, "--lora_dropout"),
+        ({"shape": replace(SHAPES["8B"], prequantized=True)}, "stored in 4 bit"),
+        ({"shape": replace(SHAPES["8B"], sliding_window=4096)}, "this model"),
+        ({"shape": replace(SHAPES["8B"], intermediate=12_300)}, "the rows of its 4-bit weights"),
+    ],
+)
+def test_what_auto_leaves_to_the_standard_engine(changes: dict[str, Any], reason: str) -> None:
+    assert why_not_fast(fast("8B")) is None
+    assert reason in (why_not_fast(replace(fast("8B"), **changes)) or "")
