@@ -6,9 +6,9 @@
 
 `run` starts `uf sft` with the settings of a configuration (--max_steps, no evaluation), ends it when the last step is
 in metrics.jsonl, and notes the peak of torch.cuda.max_memory_reserved and the median of tokens/s from the third step
-on; of a training that --engine auto gives to the fast engine, whose steps now and then meet a new size and make a graph
-for it, all tokens by all seconds from the third step on. Speed and memory do not depend on the values of the weights as long as they are random. `run --history` keeps the
-allocator's events of these runs.
+on; where --engine auto may take the fast engine, which now and then meets a new size and makes a graph for it, all
+tokens by all seconds from the third step on. Speed and memory do not depend on the values of the weights as long as
+they are random. `run --history` keeps the allocator's events of these runs.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ AUTO = tuple(
     replace(case, name=f"a{case.name[1:]}", engine="auto", cap_gib=14.2 if case.name in ("w05", "w10") else None)
     for case in LATER_VALIDATION[:12]
 )
-"""The same through --engine auto, which takes the fast engine for all but full training; two of them on a small card."""
+"""The same through --engine auto, which takes the fast engine for all but full training; two on a small card."""
 CALIBRATION = (
     Case("c1", "1.7B", "qlora", 512, 1, True),
     Case("c2", "1.7B", "full", 2048, 2, True, "adamw"),
@@ -126,12 +126,7 @@ CALIBRATION = (
     Case("c8", "1.7B", "lora", 1024, 8, True, mixed=True),
     Case("c9", "1.7B", "qlora", 512, 2, True, method="dpo"),
 )
-FAST_AUTO = tuple(
-    replace(case, name=f"a{case.name[1:]}", engine="auto", cap_gib=14.2 if case.name in ("w05", "w10") else None)
-    for case in LATER_VALIDATION[:12]
-)
-"""The same through --engine auto, which takes the fast engine for all but full training; two of them on a small card."""
-CALIBRATION = (
+FAST_CALIBRATION = (
     Case("f1", "1.7B", "qlora", 2048, 4, True, engine="auto"),
     Case("f2", "4B", "qlora", 1024, 2, True, engine="auto"),
     Case("f3", "4B", "lora", 4096, 1, True, engine="auto"),
