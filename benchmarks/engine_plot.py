@@ -83,13 +83,14 @@ def draw(lines: Sequence[Line], target: Path) -> None:
         axes.set_xscale("log", base=2)
         ticks = sorted({line["tokens"] for of in curves(lines).values() for line in of})
         axes.set_xticks(ticks, [short(tokens) for tokens in ticks])
-        axes.set(title=title, xlabel="tokens of one sequence", ylim=(0, None))
+        axes.set(title=title, xlabel="tokens of one sequence")
         axes.grid(alpha=0.3)
     caps = {line["cap_gib"] for of in curves(lines).values() for line in of if line["cap_gib"]}
     for gib in caps:
         panels[1].axhline(gib, color="black", linestyle=":", linewidth=1, label=f"limit, {gib} GiB")
-    panels[0].legend(loc="best", fontsize=8)
-    panels[1].legend(loc="best", fontsize=8)
+    for axes in panels:
+        axes.set_ylim(bottom=0)
+        axes.legend(loc="best", fontsize=8)
     buffer = io.BytesIO()
     canvas.print_png(buffer)
     target.write_bytes(buffer.getvalue())
