@@ -139,6 +139,8 @@ def _watch(given: argparse.Namespace, run: Path, started: float) -> None:
 
 def peer(given: argparse.Namespace) -> None:
     """Another library's model on whole rows."""
+    if given.rival in OURS:
+        sys.exit(f"--rival {given.rival}: `uf` measures this project's engines")
     import_libraries(given.rival)
     import torch
 
@@ -204,8 +206,8 @@ def _numbers(text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
 
 
-def main() -> None:
-    """Run one of the parts."""
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["make", "uf", "peer", "load", "lengths", "plot", "table"])
     parser.add_argument("model", type=Path, help="folder of the model; for `plot` and `table` a file of results")
@@ -232,7 +234,12 @@ def main() -> None:
     parser.add_argument(
         "--recompute", action="store_true", help="of `lengths` with the rival `fast`: also with every layer recomputed"
     )
-    given = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    """Run one of the parts."""
+    given = parser().parse_args()
     parts: dict[str, Callable[[], None]] = {
         "make": lambda: make(given.model, given.layers[0] if given.layers else None), "uf": lambda: uf(given),
         "peer": lambda: peer(given), "load": lambda: engine_lengths.run(given),
