@@ -165,16 +165,51 @@ def test_out_of_memory_says_what_to_do(monkeypatch, load):
 @pytest.mark.parametrize(
     ("capability", "dtype", "word"), [((7, 5), torch.float16, "float16"), ((9, 0), torch.bfloat16, "bfloat16")]
 )
-def test_the_compute_capability_decides(monkeypatch, capability, dtype, word):
-    cuda = device_module.torch.cuda
-    monkeypatch.setattr(cuda, "is_available", lambda: True)
-    monkeypatch.setattr(cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(cuda, "get_device_capability", lambda _device: capability)
-    monkeypatch.setattr(cuda, "get_device_name", lambda _device: "Test GPU")
-    monkeypatch.setattr(cuda, "is_bf16_supported", lambda *_args: True)
+def test_the_compute_capability_decides(a_gpu_of, capability, dtype, word):
+    a_gpu_of(capability)
     device, picked, reason = pick_device_dtype()
     assert (device.type, picked) == ("cuda", dtype)
     assert word in reason
+
+
+@pytest.fixture
+def a_gpu_of(monkeypatch):
+    """a_gpu_of((7, 5)): torch believes in a GPU of that compute capability."""
+
+    def pretend(capability: tuple[int, int]) -> None:
+        cuda = device_module.torch.cuda
+        monkeypatch.setattr(cuda, "is_available", lambda: True)
+        monkeypatch.setattr(cuda, "device_count", lambda: 1)
+        monkeypatch.setattr(cuda, "get_device_capability", lambda _device: capability)
+        monkeypatch.setattr(cuda, "get_device_name", lambda _device: "Test GPU")
+        monkeypatch.setattr(cuda, "is_bf16_supported", lambda *_args: True)
+
+    return pretend
+
+
+@pytest.mark.parametrize("capability", [(7, 5), (9, 0)])
+def test_float16_can_be_asked_for(a_gpu_of, capability):
+    a_gpu_of(capability)
+    _, picked, reason = pick_device_dtype("float16")
+    assert picked == torch.float16
+    assert "loss scaling as asked for" in reason
+
+
+def test_bfloat16_is_refused_where_there_are_no_units(a_gpu_of):
+    a_gpu_of((9, 0))
+    assert pick_device_dtype("bfloat16")[1] == torch.bfloat16
+    a_gpu_of((7, 5))
+    message = r"--dtype bfloat16: Test GPU \(compute capability 7.5\) has no bfloat16 units .* Use --dtype float16"
+    with pytest.raises(UsageError, match=message):
+        pick_device_dtype("bfloat16")
+
+
+def test_the_asked_dtype_reaches_the_loader(random_model_dir, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    settings, tuning = ModelSettings(model=str(random_model_dir)), TuningSettings(dtype="float16")
+    with pytest.raises(UsageError, match="--dtype float16: no CUDA GPU was found, and the CPU computes in float32"):
+        load_model(settings, for_training=True, tuning=tuning)
+    assert load_model(settings, tuning=tuning).dtype == torch.float32  # it is about training alone
 
 
 @pytest.mark.parametrize(

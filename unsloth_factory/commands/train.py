@@ -161,7 +161,7 @@ def _load_items(config: SftConfig, command: str, pack: DomainPack | None) -> tup
 
 def _load(config: SftConfig, command: str, store: CheckpointStore) -> LoadedModel:
     """The model; --engine auto goes on with the engine that the run began with, and the fast one begins SFT alone."""
-    device, _, _ = pick_device_dtype()
+    device, _, _ = pick_device_dtype(config.tuning.dtype)
     begun = store.newest_engine() if config.run.resume else None
     return load_model(
         config.model,

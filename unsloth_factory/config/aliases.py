@@ -61,7 +61,7 @@ NO_EFFECT = {
     "do_train": "the command says it",
     "do_eval": "the held-out split is evaluated whenever there is one",
     "bf16": "precision follows the card's compute capability",
-    "fp16": "precision follows the card's compute capability",
+    "fp16": "precision follows the card's compute capability; --dtype float16 asks for float16 on any card",
     "pure_bf16": "precision follows the card's compute capability",
     "plot_loss": "the loss is always plotted",
     "overwrite_cache": "there is no data cache to go stale",

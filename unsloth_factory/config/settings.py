@@ -121,6 +121,8 @@ class TuningSettings:
     """Layers that train with --finetuning_type freeze."""
     no_quantization: bool = False
     """Keep the base in 16 bit on a GPU (LoRA instead of QLoRA)."""
+    dtype: Literal["auto", "float16", "bfloat16"] = "auto"
+    """What a GPU computes in; auto takes bfloat16 from compute capability 8.0 on, float16 with loss scaling below."""
 
     def __post_init__(self) -> None:
         require(self.lora_r >= 1, "lora_r", self.lora_r, "at least 1")

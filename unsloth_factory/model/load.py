@@ -45,7 +45,7 @@ def load_model(
     Args:
         settings: Model, adapter, hub and engine.
         quantization_bit: 4 loads the base in NF4; None in `dtype` (`device.default_quantization` holds the policy).
-        dtype: Computation dtype; None for the device's own (`device.pick_device_dtype`).
+        dtype: Computation dtype; None for that of `tuning`, or the device's own (`device.pick_device_dtype`).
         for_training: Make parameters trainable as `tuning` says, and switch on gradient checkpointing on a GPU (a CPU
             keeps the activations: memory is there, time is not). The model stays in evaluation mode; the loop calls
             `model.train()`.
@@ -106,7 +106,8 @@ def _load(
         _check_base_can_train(tuning, name, quantized, adapter)
     if quantized:
         _require_bitsandbytes()
-    picked_device, picked_dtype, device_reason = pick_device_dtype()
+    asked = tuning.dtype if for_training and dtype is None else "auto"
+    picked_device, picked_dtype, device_reason = pick_device_dtype(asked)
     device, dtype = device or picked_device, dtype or picked_dtype
     trained = tuning if for_training else None
     engine, engine_reason = choose_engine(
