@@ -1,7 +1,6 @@
 """Where the fast engine's time goes on this GPU: kernels alone, whole micro-batches, waits, and a profile.
 
-    python benchmarks/engine_probe.py [check|pieces|whole|waits|profile|ahead ...] [--layers 36] [--cap 14.5]
-        [--launches]
+    python benchmarks/engine_probe.py [check] [pieces] [whole] [waits] [profile] [--layers 36] [--cap 14.5] [--launches]
 
 Random weights of Qwen3-8B's shape, NF4, LoRA r = 16 on all linear layers. One line of JSON a figure. docs/engine-log.md
 keeps what came out.
@@ -26,7 +25,6 @@ sys.path.insert(0, str(ROOT))
 from unsloth_factory.config.settings import TuningSettings  # noqa: E402
 from unsloth_factory.kernels import attention, nf4, rms_norm, rotary, swiglu  # noqa: E402
 from unsloth_factory.kernels.transfer import to_device  # noqa: E402
-from unsloth_factory.model.fast.graphs import Graphs  # noqa: E402
 from unsloth_factory.model.fast.head import cross_entropy_sum  # noqa: E402
 from unsloth_factory.model.fast.layer import Saving  # noqa: E402
 from unsloth_factory.model.fast.load import load_fast  # noqa: E402
@@ -199,42 +197,6 @@ class MicroBatch:
         self.loss(self.hidden()).backward()
 
 
-def ahead(peft: Any, tokens: int = 2432, turns: int = 10) -> None:
-    """Forward and backward pass by graphs, ms on the GPU: each matrix made when it is needed, or while a product runs.
-
-    All modes in turn, so that clocks and neighbours are the same for each. "products first" gives the stream of the
-    products a higher priority than the one on which matrices are made.
-    """
-    decoder, batch = peft.get_base_model().model, MicroBatch(peft, tokens)
-    decoder.planner.forced = Saving.KEEP
-    made: dict[str, tuple[Graphs, Any]] = {}
-    hidden: dict[str, torch.Tensor] = {}
-    for mode in ("when needed", "ahead", "ahead, products first"):
-        decoder.graphs = Graphs(decoder)
-        decoder.graphs.stream = torch.cuda.Stream(priority=-1) if mode.endswith("first") else None
-        decoder.look_ahead(mode != "when needed")
-        made[mode] = decoder.graphs, decoder.ahead  # graphs write where `ahead` holds places
-        hidden[mode] = batch.hidden().detach().clone()
-        say(what="captured", mode=mode, prepared=decoder.ahead.prepared if decoder.ahead else 0)
-    found: dict[str, list[float]] = {mode: [] for mode in made}
-    for turn in range(turns + 2):
-        for mode, (decoder.graphs, _) in made.items():
-            start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            torch.cuda.synchronize()
-            start.record()
-            batch.run()
-            stop.record()
-            torch.cuda.synchronize()
-            if turn >= 2:
-                found[mode].append(start.elapsed_time(stop))
-    plain = sorted(found["when needed"])[turns // 2]
-    for mode, times in found.items():
-        times = sorted(round(ms, 2) for ms in times)
-        gain = round(100 * (1 - times[turns // 2] / plain), 2)
-        same = torch.equal(hidden[mode], hidden["when needed"])
-        say(what="ahead", mode=mode, tokens=tokens, ms=times[turns // 2], all=times, percent_less=gain, same_bits=same)
-
-
 def optimizer_of(peft: Any) -> Any:
     """AdamW 8 bit over the adapter."""
     import bitsandbytes
@@ -343,7 +305,6 @@ def main() -> None:
         "whole": lambda: [whole(peft(), tokens, saving) for saving in Saving for tokens in (512, 1024, 2048, 4096)],
         "waits": lambda: waits(peft()),
         "profile": lambda: profile(peft()),
-        "ahead": lambda: ahead(peft()),
     }
     for name in given.parts:
         try:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ import torch
 
 from unsloth_factory.config.settings import ModelSettings, TuningSettings
 from unsloth_factory.kernels import attention, swiglu
-from unsloth_factory.model.fast.ahead import Ahead, Side
 from unsloth_factory.model.fast.layer import Saving
 from unsloth_factory.model.load import load_model
 from unsloth_factory.model.loaded import LoadedModel
@@ -129,80 +127,6 @@ def test_what_is_kept_changes_next_to_nothing(wide: Any) -> None:
         found.append(run(loaded))
     assert all(torch.equal(found[0][0], other[0]) for other in found[1:])
     assert all(error(flat(found[0][1]), flat(other[1])) < 5e-3 for other in found[1:])
-
-
-@pytest.fixture
-def one_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    """flash-attention adds up its gradients in one order. (Only it: torch would want cuBLAS set up for that, too.)"""
-    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
-
-    def backward(*given: Any) -> Any:
-        torch.use_deterministic_algorithms(True)
-        try:
-            return attention._flash_backward(*given)
-        finally:
-            torch.use_deterministic_algorithms(False)
-
-    monkeypatch.setitem(attention._BACKWARD, "flash", backward)
-
-
-class SlowSide(Side):
-    """Each matrix comes late: what does not wait for it reads another."""
-
-    @contextmanager
-    def running(self) -> Iterator[None]:
-        with super().running():
-            torch.cuda._sleep(50_000)
-            yield
-
-
-def in_a_row(loaded: LoadedModel, plan: Any, count: int = 6) -> list[torch.Tensor]:
-    """Hidden states of several micro-batches, between which nothing waits, and the sums of their gradients."""
-    decoder, generator, found = loaded.decoder, torch.Generator().manual_seed(0), []
-    decoder.planner.forced = plan
-    if decoder.graphs is not None:
-        decoder.graphs.drop()
-    loaded.model.zero_grad()
-    positions = torch.cat([torch.arange(n) for n in LENGTHS])[None]
-    for _ in range(count):
-        ids = torch.randint(5, 250, (1, sum(LENGTHS)), generator=generator)
-        hidden = loaded.hidden_states(ids, positions, None)[0]
-        found.append(hidden.detach().clone())
-        (hidden.float() * torch.randn(hidden.shape, generator=generator).to("cuda:0")).sum().backward()
-    return found + [p.grad.clone() for p in loaded.model.parameters() if p.requires_grad]
-
-
-@pytest.mark.parametrize("slow", ["neither", "side", "main"])
-@pytest.mark.parametrize("graphs", [True, False])
-def test_looking_ahead_changes_no_bit(
-    wide: Any, one_order: None, monkeypatch: pytest.MonkeyPatch, graphs: bool, slow: str
-) -> None:
-    """Whichever of the two streams is late: nothing is read before it is written, or overwritten before it is read."""
-    keep, drop, again = Saving.KEEP, Saving.DROP_GATE_UP, Saving.RECOMPUTE
-    plans = [keep, drop, again, [again, drop, keep, keep], [keep, again, again, drop]]
-    loaded = load(wide("qwen3"), "fast", torch.bfloat16)
-    decoder = loaded.decoder
-    decoder.graphs = decoder.graphs if graphs else None
-    decoder.look_ahead(False)
-    wanted = [in_a_row(loaded, plan) for plan in plans]
-    assert all(map(torch.equal, wanted[0], in_a_row(loaded, keep))), "the same work twice gives other bits here"
-    decoder.look_ahead(True)
-    if slow == "side":
-        decoder.ahead._side = SlowSide(torch.device("cuda:0"))
-    take = Ahead.take
-
-    def late(ahead: Ahead, matrix: Any) -> torch.Tensor:
-        taken = take(ahead, matrix)
-        torch.cuda._sleep(50_000)  # before the product
-        return taken
-
-    if slow == "main":
-        monkeypatch.setattr(Ahead, "take", late)
-    for plan, right in zip(plans, wanted, strict=True):
-        before = decoder.ahead.prepared
-        assert all(map(torch.equal, right, in_a_row(loaded, plan))), plan
-        assert decoder.ahead.prepared > before
-    assert decoder.ahead.surprises == 0
 
 
 def test_auto_is_fast_where_the_kernels_are_sound(wide: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -156,7 +156,7 @@ class LoadedModel:
     def recompute_layers(self) -> None:
         """From now on recompute every layer, for want of memory."""
         if self.engine == "fast":
-            self.decoder.recompute_all()
+            self.decoder.planner.recompute_all()
             self.give_up_memory()
         else:
             self.set_gradient_checkpointing(True)

@@ -6,8 +6,7 @@ matrices. Between embedding and head this module computes.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,13 +16,12 @@ from unsloth_factory.kernels import rms_norm
 from unsloth_factory.kernels.attention import Documents
 from unsloth_factory.kernels.shadows import Shadow, Shadows
 from unsloth_factory.kernels.transfer import to_device
-from unsloth_factory.model.fast.ahead import Ahead, Side
 from unsloth_factory.model.fast.cached import cached_forward
 from unsloth_factory.model.fast.embedding import HostEmbedding
 from unsloth_factory.model.fast.flat import FlatAdapter
 from unsloth_factory.model.fast.graphs import Graphs
 from unsloth_factory.model.fast.layer import Layer, Row, Saved, Saving
-from unsloth_factory.model.fast.linear import FusedLinear, LoraPair
+from unsloth_factory.model.fast.linear import LoraPair
 from unsloth_factory.model.fast.planner import Planner
 from unsloth_factory.model.fast.spec import DecoderSpec, RotaryTable
 
@@ -55,8 +53,6 @@ class FastDecoder(nn.Module):
         """Where the LoRA matrices lie while they train."""
         self.graphs: Graphs | None = None
         """On a GPU: replayed instead of launching each kernel. None launches them."""
-        self.ahead: Ahead | None = None
-        """Makes the next 16-bit matrix while the present product runs; None: each when it is needed."""
 
     def bind(self) -> None:
         """Take over the LoRA matrices that peft has put into the layers; call it after they were attached."""
@@ -70,32 +66,10 @@ class FastDecoder(nn.Module):
         if not any(p.requires_grad for module in self._lora_layers for p in module.parameters()):
             return
         self.planner.extra = 2 * sum(fused.rank for fused in self.stack[0].projections.values())
-        self.adapter = FlatAdapter(self._projections(), self._device)
+        projections = [fused for layer in self.stack for fused in layer.projections.values()]
+        self.adapter = FlatAdapter(projections, self._device)
         if self._device.type == "cuda":
             self.graphs = Graphs(self)
-        self.look_ahead(not self.planner.recomputes_all)
-
-    def _projections(self) -> list[FusedLinear]:
-        return [fused for layer in self.stack for fused in layer.projections.values()]
-
-    def look_ahead(self, wanted: bool) -> None:
-        """Whether the next 16-bit matrix is made while the present product runs.
-
-        Costs the room of two matrices where one would do, and holds it between passes. Without NF4 weights there is
-        nothing to make.
-        """
-        numbers = max(fused.largest for fused in self._projections()) if wanted else 0
-        self.ahead = Ahead(numbers, self.norm.weight.dtype, Side(self._device), self._device) if numbers else None
-        for fused in self._projections():
-            fused.ahead = self.ahead
-        self.planner.look_ahead(self.ahead is not None)
-        if self.graphs is not None:
-            self.graphs.begin_anew()  # graphs hold the old places
-
-    def recompute_all(self) -> None:
-        """From now on the least memory: every layer is recomputed, each 16-bit matrix made when it is needed."""
-        self.planner.recompute_all()
-        self.look_ahead(False)
 
     def refresh_shadows(self) -> None:
         """Bring the 16-bit copies of the LoRA matrices up to date."""
@@ -191,20 +165,11 @@ class FastDecoder(nn.Module):
         if row.arena is not None:
             row.arena.rewind()
         kept = []
-        with self._along([("forward", index, saving) for index, saving in enumerate(plan)]):
-            for layer, saving in zip(self.stack, plan, strict=True):
-                self._enter_layer()
-                x, saved = layer.forward(x, row, saving=saving)
-                assert saved is not None
-                kept.append(saved)
+        for layer, saving in zip(self.stack, plan, strict=True):
+            x, saved = layer.forward(x, row, saving=saving)
+            assert saved is not None
+            kept.append(saved)
         return x, kept
-
-    def _along(self, stages: Sequence[Hashable]) -> AbstractContextManager[None]:
-        return nullcontext() if self.ahead is None else self.ahead.along(stages)
-
-    def _enter_layer(self) -> None:
-        if self.ahead is not None:
-            self.ahead.enter()
 
     def backward_stack(self, dhidden: torch.Tensor, last: torch.Tensor, saved: list[Saved], row: Row) -> None:
         """Add up all gradients of the LoRA matrices.
@@ -219,12 +184,10 @@ class FastDecoder(nn.Module):
         top = taker.output(len(last))
         rms_norm.rms_norm_backward(dhidden, last, self.norm.weight, self.spec.eps, out=taker.y_of(top))
         dx: torch.Tensor | None = top
-        with self._along([("backward", index, saved[index].saving) for index in reversed(range(len(saved)))]):
-            for index in reversed(range(len(self.stack))):
-                assert dx is not None
-                self._enter_layer()
-                below = self.stack[index - 1].down if index else None
-                dx = self.stack[index].backward(dx, saved.pop(), row, below)
+        for index in reversed(range(len(self.stack))):
+            assert dx is not None
+            below = self.stack[index - 1].down if index else None
+            dx = self.stack[index].backward(dx, saved.pop(), row, below)
 
 
 class _Stack(torch.autograd.Function):

@@ -16,7 +16,7 @@ from unsloth_factory.kernels.attention import Documents
 from unsloth_factory.kernels.launch import power_of_two
 from unsloth_factory.model.fast.arena import Arena
 from unsloth_factory.model.fast.layer import Row, Saving
-from unsloth_factory.model.fast.planner import STEP, available
+from unsloth_factory.model.fast.planner import STEP, available, workspace
 
 LEAST_LONGEST = 512
 """Tokens of the longest document that attention is launched for, at least."""
@@ -91,8 +91,6 @@ class Graphs:
         self._warm = False
         self.passes = 0
         """Forward passes so far: a backward pass belongs to the last one."""
-        self.stream: Any = None
-        """Which graphs are captured on; None: torch's own stream for it."""
 
     def run(self, x: torch.Tensor, row: Row) -> torch.Tensor:
         """Normed hidden states [T, h], differentiable; valid until the next micro-batch."""
@@ -108,15 +106,10 @@ class Graphs:
         self._places, self._pool, self._pooled = None, None, 0
         self.decoder.planner.arena = None
 
-    def begin_anew(self) -> None:
-        """As before the first micro-batch: after passes have come to be issued in another way."""
-        self.drop()
-        self._warm = False
-
     def make_room(self, tokens: int) -> None:
         """Before a pass without graphs: drop them where their memory is needed."""
         device = self.decoder.norm.weight.device
-        if self._graphs and available(device) - self._pooled < self.decoder.planner.workspace(tokens):
+        if self._graphs and available(device) - self._pooled < workspace(self.decoder.spec, tokens, 2):
             self.drop()
             torch.cuda.empty_cache()
 
@@ -136,10 +129,10 @@ class Graphs:
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
         with torch.no_grad():
-            with torch.cuda.graph(graph.forward_graph, pool=self._pool, stream=self.stream):
+            with torch.cuda.graph(graph.forward_graph, pool=self._pool):
                 last, saved = decoder.forward_stack(graph.x, graph.row, plan)
                 decoder.final_norm(last, out=graph.hidden)
-            with torch.cuda.graph(graph.backward_graph, pool=self._pool, stream=self.stream):
+            with torch.cuda.graph(graph.backward_graph, pool=self._pool):
                 decoder.backward_stack(graph.gradient, last, saved, graph.row)
         del last, saved
         self._pooled += torch.cuda.memory_reserved(x.device) - before

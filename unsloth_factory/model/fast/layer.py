@@ -57,13 +57,6 @@ class Saved:
     t: dict[str, torch.Tensor | None] | None = None
     """x A^T of each fused projection: "qkv", "out", "gate_up", "down"."""
 
-    @property
-    def saving(self) -> Saving:
-        """What was chosen in the forward pass."""
-        if self.qkv is None:
-            return Saving.RECOMPUTE
-        return Saving.DROP_GATE_UP if self.gate_up is None else Saving.KEEP
-
 
 @dataclass
 class Norms:

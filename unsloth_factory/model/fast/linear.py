@@ -23,7 +23,6 @@ from torch import nn
 from unsloth_factory.kernels import nf4
 from unsloth_factory.kernels.launch import runs_kernels
 from unsloth_factory.kernels.shadows import Shadow
-from unsloth_factory.model.fast.ahead import Ahead, Unpacked
 from unsloth_factory.model.fast.arena import Arena
 
 ALIGNED = 8
@@ -73,10 +72,6 @@ class FusedLinear:
         self.pairs: dict[str, LoraPair] = {}
         self._columns: dict[str, slice] = {}
         self._a = self._b = torch.empty(0)
-        self.ahead: Ahead | None = None
-        """Who makes the 16-bit matrices of NF4 weights; None: each is made when it is needed, in memory of its own."""
-        self._alone = Unpacked(weight, dtype) if isinstance(weight, nf4.Packed) else None
-        self._beside = self._below = self._alone
         self._a_gradient = torch.empty(0)
         self._b_gradients: dict[str, torch.Tensor] = {}
 
@@ -92,20 +87,12 @@ class FusedLinear:
         self.rank = -(-start // ALIGNED) * ALIGNED
         self._a = torch.zeros(self.rank, self.inputs, dtype=self.dtype, device=self.device)
         self._b = torch.zeros(self.outputs, self.rank, dtype=self.dtype, device=self.device)
-        if isinstance(self.weight, nf4.Packed):
-            self._beside = Unpacked(self.weight, self.dtype, beside=self._b)
-            self._below = Unpacked(self.weight, self.dtype, below=self._a)
         shadows = []
         for part, pair in self._trained():
             columns = self._columns[part.name]
             shadows.append(Shadow(self._a[columns], pair.a, 1.0))
             shadows.append(Shadow(self._b[part.start : part.stop, columns], pair.b, pair.scale))
         return shadows
-
-    @property
-    def largest(self) -> int:
-        """Numbers of the largest 16-bit matrix that is made of NF4 weights; 0 where they are in 16 bit already."""
-        return max((form.numbers for form in (self._beside, self._below) if form is not None), default=0)
 
     @property
     def flat_sizes(self) -> list[int]:
@@ -182,9 +169,9 @@ class FusedLinear:
             return _product(self.x_of(wide), self._matrix().t(), added, out)
         t = wide[:, self.inputs :]
         torch.mm(self.x_of(wide), self._a.t(), out=t)
-        if self._beside is not None:
-            return _product(wide, self._unpacked(self._beside).t(), added, out)
-        assert isinstance(self.weight, torch.Tensor)
+        if isinstance(self.weight, nf4.Packed):
+            matrix = self._wide_matrix(self.outputs, self.inputs + self.rank, self._b)
+            return _product(wide, matrix.t(), added, out)
         y = _product(self.x_of(wide), self.weight.t(), added, out)
         return y.addmm_(t, self._b.t())
 
@@ -200,9 +187,8 @@ class FusedLinear:
             return dy @ self._matrix()
         self.adapter_gradient(wide)
         dt = wide[:, self.outputs :]
-        if self._below is not None:
-            return wide @ self._unpacked(self._below)
-        assert isinstance(self.weight, torch.Tensor)
+        if isinstance(self.weight, nf4.Packed):
+            return wide @ self._wide_matrix(self.outputs + self.rank, self.inputs, self._a)
         return (dy @ self.weight).addmm_(dt, self._a)
 
     def add_gradients(self, wide: torch.Tensor, x: torch.Tensor, t: torch.Tensor | None) -> None:
@@ -221,12 +207,16 @@ class FusedLinear:
             _accumulate(self._b_gradients[part.name], dy.t(), t[:, self._columns[part.name]], pair.scale)
 
     def _matrix(self) -> torch.Tensor:
-        """W [N, K] in the computation dtype; it holds until the next matrix is made."""
-        return self.weight if isinstance(self.weight, torch.Tensor) else self._unpacked(self._alone)
+        """W [N, K] in the computation dtype; made anew from NF4, so drop it as soon as it has been used."""
+        return nf4.dequantize(self.weight, self.dtype) if isinstance(self.weight, nf4.Packed) else self.weight
 
-    def _unpacked(self, form: Unpacked | None) -> torch.Tensor:
-        assert form is not None
-        return form.make() if self.ahead is None else self.ahead.take(form)
+    def _wide_matrix(self, rows: int, columns: int, extra: torch.Tensor) -> torch.Tensor:
+        """[rows, columns] with W in its upper left corner and `extra` beside or below it."""
+        assert isinstance(self.weight, nf4.Packed)
+        matrix = torch.empty(rows, columns, dtype=self.dtype, device=self.device)
+        place = matrix[self.outputs :] if rows > self.outputs else matrix[:, self.inputs :]
+        nf4.dequantize(self.weight, self.dtype, matrix[: self.outputs, : self.inputs], (extra, place))
+        return matrix
 
     def _trained(self) -> list[tuple[Part, LoraPair]]:
         return [(part, self.pairs[part.name]) for part in self.parts if part.name in self.pairs]

@@ -34,8 +34,6 @@ class Planner:
         """Numbers a token and layer that LoRA adds to what is kept."""
         self.arena: int | None = None
         """Bytes for activations, once their place has been allocated."""
-        self._matrices = 1
-        """16-bit weights that a pass needs memory for: none where the decoder holds places for them."""
 
     @property
     def recomputes_all(self) -> bool:
@@ -45,15 +43,6 @@ class Planner:
     def recompute_all(self) -> None:
         """From now on recompute every layer."""
         self.forced = Saving.RECOMPUTE
-
-    def look_ahead(self, places: bool) -> None:
-        """Whether the decoder holds places for 16-bit weights, allocated by now; what is free is measured anew."""
-        self._matrices = 0 if places else 1
-        self.budget = None
-
-    def workspace(self, tokens: int) -> int:
-        """Bytes that a pass needs beside what is saved."""
-        return workspace(self.spec, tokens, 2, self._matrices)
 
     def tighten(self) -> None:
         """After memory ran out: plan with a tenth less."""
@@ -87,7 +76,7 @@ class Planner:
             ROUNDING + 2 * count * self.spec.layers * saved_numbers(self.spec, saving, self.extra)
             for saving, count in ((Saving.RECOMPUTE, tokens), (Saving.KEEP, max(tokens, MOST_TOKENS)))
         )
-        return max(min(self.budget - self.workspace(tokens), most), least)
+        return max(min(self.budget - workspace(self.spec, tokens, 2), most), least)
 
     def plan(self, tokens: int) -> list[Saving]:
         """One choice a layer, the first layer first."""
@@ -138,15 +127,15 @@ def saved_numbers(spec: DecoderSpec, saving: Saving, extra: int = 0) -> int:
     return numbers[saving]
 
 
-def workspace(spec: DecoderSpec, tokens: int, size: int, matrices: int) -> int:
+def workspace(spec: DecoderSpec, tokens: int, size: int) -> int:
     """Bytes that one layer's backward pass needs at its peak beside what is saved.
 
     That is in the MLP of a recomputed layer: its own activations once more, the gradient of SwiGLU's output and that
-    output, four rows of hidden size, and as many 16-bit weights as have no place yet (`matrices`).
+    output, four rows of hidden size, and one 16-bit weight.
     """
     weight = 2 * spec.intermediate * spec.hidden * size
     again = saved_numbers(spec, Saving.KEEP) - saved_numbers(spec, Saving.RECOMPUTE)
-    return matrices * weight + tokens * size * (again + 2 * spec.intermediate + 4 * spec.hidden)
+    return weight + tokens * size * (again + 2 * spec.intermediate + 4 * spec.hidden)
 
 
 def is_small(device: torch.device) -> bool:
