@@ -12,10 +12,10 @@ from unsloth_factory.data.types import Conversation, TokenSample, Turn
 
 HANDBOOK = Path(__file__).resolve().parents[2] / "unsloth_factory" / "assets" / "demo" / "handbook_train.jsonl"
 MOST = 2.5
-"""Times the noise, which is too small by some: trainings that cut micro-batches in other ways still round alike within a
-row. In bfloat16 on a CPU the fast engine came to 1.5 (all steps) and 2.0 (last quarter), `standard` with a learning rate
-2 % higher to 3.4 and 4.2, so that is seen; one matrix of 28 scaled 5 % wrong came to 0.9, so that is not: the
-gradients' own tests see it."""
+"""Times the noise, which is too small by some: trainings that cut micro-batches in other ways still round alike within
+a row. In bfloat16 on a CPU the fast engine came to 1.5 (all steps) and 2.0 (last quarter), `standard` with a learning
+rate 2 % higher to 3.4 and 4.2, so that is seen; one matrix of 28 scaled 5 % wrong came to 0.9, so that is not: the
+tests of the gradients see it."""
 
 
 def handbook(template: ChatTemplate) -> list[TokenSample]:
