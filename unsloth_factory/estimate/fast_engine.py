@@ -104,15 +104,7 @@ class FastEngine:
         numbers = {"adamw": 8.0, "adamw_8bit": 2 + 8 / 256, "paged_adamw_8bit": 0.0}
         parts["optimizer state"] = int(numbers[training.optimizer] * trained)
         parts["workspace"] = HOPPER_WORKSPACE if training.capability >= (9, 0) else WORKSPACE
-        if self._looks_ahead:  # two places for 16-bit matrices
-            largest = max((inputs + rank) * outputs for inputs, outputs, rank in self.ranks)
-            parts["workspace"] += 2 * SIZE * largest
         return parts
-
-    @property
-    def _looks_ahead(self) -> bool:
-        """The next matrix is unpacked while a product runs."""
-        return self.training.quantized and not self.training.low_memory
 
     def planner(self) -> Planner:
         """The engine's planner, as it plans once all that is resident is there."""
@@ -122,7 +114,6 @@ class FastEngine:
 
         planner = Planner(self.spec, torch.device("cuda"))
         planner.extra = 2 * sum(rank for _, _, rank in self.ranks)
-        planner.look_ahead(self._looks_ahead)
         planner.budget = self.gpu.room - sum(self.resident.values()) - RESERVE
         if self.training.low_memory:
             planner.recompute_all()
@@ -143,6 +134,8 @@ class FastEngine:
         return alone._estimate(max(_tokens(one) for one in packed), 1, recompute=True).reserved
 
     def _estimate(self, tokens: int, trained: int, recompute: bool = False) -> MemoryEstimate:
+        from unsloth_factory.model.fast.planner import workspace
+
         planner = self.planner()
         if recompute:
             planner.recompute_all()
@@ -152,7 +145,7 @@ class FastEngine:
         # the graphs' places: input, gradient, output; cosines and sines
         parts["temporaries"] = 3 * SIZE * tokens * hidden + 8 * tokens * (self.training.shape.head_dim // 2)
         parts["logits"] = LOGITS + 2 * SIZE * trained * hidden
-        parts["workspace"] += planner.workspace(tokens)
+        parts["workspace"] += workspace(self.spec, tokens, SIZE)
         return MemoryEstimate(
             parts=parts,
             reserved=int(SLACK * sum(parts.values())),
