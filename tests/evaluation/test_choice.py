@@ -29,6 +29,9 @@ class CharTokenizer:
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         return [ord(char) for char in text]
 
+    def __call__(self, texts: list[str]) -> dict[str, list[list[int]]]:
+        return {"input_ids": [self.encode(text) for text in texts]}
+
 
 def write_csv(path: Path, rows: list[dict], encoding: str = "utf-8", newline: str = "\n") -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -175,7 +178,9 @@ def test_shots_are_taken_away_when_the_context_is_short(bench):
     benchmark, folder = bench
     maker = maker_of(benchmark)
     one = len(
-        maker.encode(Subject(name="herbs"), [], Question("herbs", "0", "herbs第0题____。", ("选项A0",) * 4, None)).ids
+        maker.encode(Subject(name="herbs"), [], [Question("herbs", "0", "herbs第0题____。", ("选项A0",) * 4, None)])[
+            0
+        ].ids
     )
     options = ChoiceOptions(n_shot=2, subjects="herbs", max_tokens=int(2.5 * one))
     result = evaluate(maker, folder, {"base": always("A")}, options)

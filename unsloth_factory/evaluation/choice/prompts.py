@@ -68,33 +68,55 @@ class PromptMaker:
         beginning of a prompt is cut.
         """
         for count in range(len(shots), -1, -1):
-            prompts = [self.encode(subject, shots[:count], question) for question in questions]
+            prompts = self.encode(subject, shots[:count], questions)
             if all(len(prompt.ids) + len(max(prompt.choices, key=len, default=[])) <= max_tokens for prompt in prompts):
                 return SubjectPrompts(prompts, count, 0)
         fitted = [_cut(prompt, max_tokens) for prompt in prompts]
         return SubjectPrompts(fitted, 0, sum(new is not old for new, old in zip(fitted, prompts, strict=True)))
 
-    def encode(self, subject: Subject, shots: Sequence[Question], question: Question) -> ChoicePrompt:
-        """One question behind its worked examples."""
-        texts = [self._text(item) for item in (*shots, question)]
-        intro = self.benchmark.prompt(self.lang).intro.replace("{subject}", subject.title(self.lang))
-        texts[0] = intro + texts[0]
+    def encode(self, subject: Subject, shots: Sequence[Question], questions: Sequence[Question]) -> list[ChoicePrompt]:
+        """Questions, each behind the same worked examples."""
         answers = [dict(self._choices(shot))[str(shot.answer)] for shot in shots]
-        asked = [] if self.mode == "generate" else [text for _, text in self._choices(question)]
+        texts = [[self._text(item) for item in (*shots, question)] for question in questions]
+        intro = self.benchmark.prompt(self.lang).intro.replace("{subject}", subject.title(self.lang))
+        for parts in texts:
+            parts[0] = intro + parts[0]
+        asked = [
+            [] if self.mode == "generate" else [text for _, text in self._choices(question)] for question in questions
+        ]
         if self.template is None:
-            delimiter = self.benchmark.prompt(self.lang).delimiter
-            rendered = _one_text(texts, [delimiter + answer for answer in answers])
-            kept, choices = self._plain(rendered, [delimiter + text for text in asked])
-        else:
-            turns = self._turns(texts, answers)
-            rendered = self.template.render_prompt(turns, self.thinking)
-            ids = list(self.template.encode_prompt(turns, self.thinking))
-            if not asked:
-                return ChoicePrompt(ids, [], rendered)
-            tail = _after_last(rendered, self.template.control_tokens)
-            joined = continuations(self.template.encode_text, ids, tail, asked)
-            kept, choices = joined or (ids, [self.template.encode_text(text) for text in asked])
+            return self._plain(texts, answers, asked)
+        return [self._rendered(parts, answers, choices) for parts, choices in zip(texts, asked, strict=True)]
+
+    def _rendered(self, texts: list[str], answers: list[str], asked: list[str]) -> ChoicePrompt:
+        """A question in the model's chat template."""
+        assert self.template is not None
+        turns = self._turns(texts, answers)
+        rendered = self.template.render_prompt(turns, self.thinking)
+        ids = list(self.template.encode_prompt(turns, self.thinking))
+        if not asked:
+            return ChoicePrompt(ids, [], rendered)
+        tail = _after_last(rendered, self.template.control_tokens)
+        joined = continuations(self.template.encode_text, ids, tail, asked)
+        kept, choices = joined or (ids, [self.template.encode_text(text) for text in asked])
         return ChoicePrompt(kept, choices, rendered)
+
+    def _plain(self, texts: list[list[str]], answers: list[str], asked: list[list[str]]) -> list[ChoicePrompt]:
+        """Questions as plain text."""
+        delimiter = self.benchmark.prompt(self.lang).delimiter
+        rendered = [_one_text(parts, [delimiter + answer for answer in answers]) for parts in texts]
+        # All at once: the tokenizer then takes every core. C-Eval's 1,346 prompts take 1.3 s on one.
+        encoded = self.tokenizer(rendered)["input_ids"] if rendered else []
+        alone = partial(self.tokenizer.encode, add_special_tokens=False)
+        prompts = []
+        for text, ids, choices in zip(rendered, encoded, asked, strict=True):
+            wanted = [delimiter + choice for choice in choices]
+            # A tokenizer that splits the last line differently on its own (SentencePiece) is given the whole text.
+            joined = continuations(alone, ids, text.rsplit("\n", 1)[-1], wanted)
+            joined = joined or continuations(self.tokenizer.encode, ids, text, wanted)
+            assert joined is not None
+            prompts.append(ChoicePrompt(*joined, text))
+        return prompts
 
     def _choices(self, question: Question) -> list[tuple[str, str]]:
         """(letter, text that answers) of each option."""
@@ -103,16 +125,6 @@ class PromptMaker:
             _, answer = self.benchmark.prompt(self.lang).freely(self.lang)
             return [(letter, answer.replace("{letter}", letter)) for letter in letters]
         return list(zip(letters, letters if self.mode == "letter" else question.options, strict=True))
-
-    def _plain(self, text: str, choices: list[str]) -> tuple[list[int], list[list[int]]]:
-        ids = list(self.tokenizer.encode(text))
-        tail = text.rsplit("\n", 1)[-1]
-        alone = partial(self.tokenizer.encode, add_special_tokens=False)
-        joined = continuations(alone, ids, tail, choices)
-        # A tokenizer that splits the last line differently on its own (SentencePiece) is given the whole text.
-        joined = joined or continuations(self.tokenizer.encode, ids, text, choices)
-        assert joined is not None
-        return joined
 
     def _text(self, question: Question) -> str:
         prompt = self.benchmark.prompt(self.lang)
