@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from unsloth_factory.estimate.memory import HOPPER_WORKSPACE, WORKSPACE, MemoryEstimate, Training
@@ -36,9 +37,11 @@ PRODUCTS = 0.95
 """Of the rate of large products: 750 of 791 TFLOP/s."""
 DEQUANTISED = 0.95
 """Of a large copy's bandwidth: 4.1 of 4.24 TB/s."""
-ATTENTION = (3.3, 1900.0)
-"""Attention of a document of L tokens takes (a + b / L) times what a product of as many operations does: 200 of
-791 TFLOP/s at 4,000 tokens, 110 at 1,000."""
+ATTENTION = (2.5, 2500.0)
+"""Attention of a document of L tokens takes (a + b / L) times what a product of as many operations does: with
+FlashAttention-2 on an H200 3.1 times at 4,096 tokens, 3.5 at 2,048, 10 at 300."""
+HOPPER_ATTENTION = (1.2, 1500.0)
+"""The same with FlashAttention-4: 1.5, 1.9 and 7.5 times."""
 UPDATE_SECONDS = 0.012
 """Of a step: clipping, optimizer, batches; mostly Python's."""
 CAPTURE_SECONDS = 2.8e-3
@@ -192,7 +195,8 @@ class FastEngine:
         products -= 2 * tokens * self.ranks[0][0] * self.ranks[0][1]  # no gradient below the first layer
         products += 4.0 * packed.trained * shape.hidden * shape.vocabulary
         moved += 4.0 * SIZE * packed.trained * shape.vocabulary / ELEMENTWISE
-        a, b = ATTENTION
+        hopper = self.gpu.capability[0] == 9 and find_spec("flash_attn") is not None
+        a, b = HOPPER_ATTENTION if hopper else ATTENTION
         squares = sum(length * (a * length + b) for length in packed.lengths)
         attention = 2.0 * attended * shape.query_width * squares
         return (products / PRODUCTS + attention) / self.gpu.products + moved / self.gpu.bandwidth

@@ -1,8 +1,9 @@
 """Causal attention within the documents of one packed row, by the best kernel that the device has.
 
 No T x T mask is ever made. Shapes: q and out [T, Hq, D], k and v [T, Hk, D]; query head i reads key head i Hk / Hq.
-From compute capability 8.0 on torch's FlashAttention-2 (Dao 2023, arXiv 2307.08691), which takes key heads as they are;
-below it torch's memory-efficient kernel, with repeated key heads; on a CPU plain torch, one document after the other.
+From compute capability 8.0 on torch's FlashAttention-2 (Dao 2023, arXiv 2307.08691), which takes key heads as they are,
+or what `hopper` has; below it torch's memory-efficient kernel, with repeated key heads; on a CPU plain torch, one
+document after the other.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 
+from unsloth_factory.kernels import hopper
 from unsloth_factory.kernels.launch import runs_kernels
 from unsloth_factory.kernels.transfer import to_device
 
@@ -58,6 +60,12 @@ def backend(device: torch.device) -> str:
     return "flash" if torch.cuda.get_device_capability(device) >= (8, 0) else "efficient"
 
 
+def prepare(heads: tuple[int, int], size: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Compile and try what a CUDA graph must not meet for the first time: query and key heads of `size`."""
+    if backend(device) == "flash":
+        hopper.works(device, dtype, heads, size)
+
+
 def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents: Documents) -> Attended:
     """softmax(q k^T / sqrt(D)) v over the earlier tokens of the same document."""
     return _FORWARD[backend(q.device)](q, k, v, documents)
@@ -76,6 +84,8 @@ def _scale(q: torch.Tensor) -> float:
 
 def _flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents: Documents) -> Attended:
     borders, longest = documents.borders, documents.longest
+    if hopper.takes(q, k, len(borders) - 1, longest):
+        return Attended(*hopper.forward(q, k, v, borders, longest, _scale(q)))
     out, lse, *seeds, _ = torch.ops.aten._flash_attention_forward(
         q, k, v, borders, borders, longest, longest, 0.0, True, False, scale=_scale(q)
     )
@@ -85,9 +95,11 @@ def _flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents: Documen
 def _flash_backward(
     dout: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attended: Attended, documents: Documents
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    borders, longest = documents.borders, documents.longest
+    borders, longest, out = documents.borders, documents.longest, attended.out.contiguous()
+    if hopper.takes(q, k, len(borders) - 1, longest):
+        return hopper.backward(dout, (q, k, v), out, attended.lse, borders, longest, _scale(q))
     return torch.ops.aten._flash_attention_backward(
-        dout, q, k, v, attended.out.contiguous(), attended.lse, borders, borders, longest, longest, 0.0, True,
+        dout, q, k, v, out, attended.lse, borders, borders, longest, longest, 0.0, True,
         *attended.seeds, scale=_scale(q),
     )  # fmt: skip
 

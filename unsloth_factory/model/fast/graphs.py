@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from unsloth_factory.kernels.attention import Documents
+from unsloth_factory.kernels.attention import Documents, prepare
 from unsloth_factory.kernels.launch import power_of_two
 from unsloth_factory.model.fast.arena import Arena
 from unsloth_factory.model.fast.layer import Row, Saving
@@ -142,6 +142,8 @@ class Graphs:
     def _warm_up(self, x: torch.Tensor) -> None:
         """Small passes of each kind: kernels are compiled, libraries set up what they need."""
         decoder, kept = self.decoder, self.decoder.adapter.snapshot()
+        heads = decoder.spec.heads
+        prepare((heads.queries, heads.keys), heads.size, x.dtype, x.device)
         rows = torch.zeros(STEP, x.shape[1], dtype=x.dtype, device=x.device)
         angles = torch.zeros(STEP, decoder.spec.heads.size // 2, dtype=torch.float32, device=x.device)
         row = Row(angles, angles, Documents.of([STEP], x.device))
