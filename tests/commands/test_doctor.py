@@ -64,11 +64,25 @@ def test_a_card_that_others_use(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (3 << 30, 16 << 30))
     monkeypatch.setattr(doctor, "versions", lambda: {"gpu": "Tesla T4", "driver": "580", "cuda": "13.0"})
     monkeypatch.setattr(doctor, "pick_device_dtype", lambda: (None, None, "no bfloat16 units"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
     card, memory, precision = doctor.check_gpu(CONFIG)
     assert card.found == "Tesla T4, driver 580, CUDA 13.0"
     assert memory.found == "3.0 of 16.0 GiB free"
     assert memory.state == "note"
     assert precision.found == "no bfloat16 units"
+
+
+def test_a_hopper_gpu_is_told_of_its_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (70 << 30, 80 << 30))
+    monkeypatch.setattr(doctor, "versions", lambda: {"gpu": "H100", "driver": "580", "cuda": "13.0"})
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    advice = list(doctor.check_gpu(CONFIG))[-1]
+    assert advice.state == "note"
+    assert "unsloth-factory[hopper]" in advice.fix
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    assert list(doctor.check_gpu(CONFIG))[-1].what == "precision"
 
 
 def test_little_room(monkeypatch: pytest.MonkeyPatch) -> None:
