@@ -76,6 +76,7 @@ def test_a_hopper_gpu_is_told_of_its_attention(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (70 << 30, 80 << 30))
     monkeypatch.setattr(doctor, "versions", lambda: {"gpu": "H100", "driver": "580", "cuda": "13.0"})
+    monkeypatch.setattr(doctor, "pick_device_dtype", lambda: (None, None, "bfloat16"))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     advice = list(doctor.check_gpu(CONFIG))[-1]
