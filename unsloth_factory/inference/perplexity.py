@@ -14,6 +14,7 @@ import torch
 from unsloth_factory.data.types import TokenSample
 from unsloth_factory.inference.decoder import evaluating, pad_id_of
 from unsloth_factory.inference.generate import Progress, length_batches
+from unsloth_factory.inference.workers import run_batches
 from unsloth_factory.model.loaded import LoadedModel
 
 MAX_TOKENS = 4096
@@ -48,9 +49,10 @@ def answer_losses(
         on_progress: Called with (samples done, all).
     """
     losses: dict[int, AnswerLoss] = {}
-    with evaluating(loaded), torch.inference_mode():
-        for batch in _batches([len(sample.ids) for sample in samples], batch_size):
-            totals = _batch_losses(loaded, [samples[row] for row in batch])
+    with evaluating(loaded):
+        batches = _batches([len(sample.ids) for sample in samples], batch_size)
+        measured = run_batches(loaded, batches, lambda batch, _: _batch_losses(loaded, [samples[row] for row in batch]))
+        for batch, totals in measured:
             for row, total in zip(batch, totals, strict=True):
                 losses[row] = AnswerLoss(total, int(samples[row].trained[1:].sum()))
             if on_progress:
@@ -67,6 +69,7 @@ def _batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
     return pieces
 
 
+@torch.inference_mode()
 def _batch_losses(loaded: LoadedModel, samples: Sequence[TokenSample]) -> list[float]:
     """Summed loss of each row; padded on the right, where causal attention never sees it and needs no mask."""
     width = max(len(sample.ids) for sample in samples)
