@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 LIMIT = 60.0
-"""Seconds on two cores, the start of the process included. It takes 39 where both are free, 47 to 55 where not quite."""
+"""Seconds on two cores, the start of the process included. It takes 39 on free cores, 47 to 55 on busier ones."""
 MAIN = "from unsloth_factory.cli import main; raise SystemExit(main())"
 
 
