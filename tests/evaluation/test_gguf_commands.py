@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 from types import SimpleNamespace
@@ -9,10 +10,12 @@ from types import SimpleNamespace
 import pytest
 
 from unsloth_factory.commands import chat, validate
+from unsloth_factory.commands.summary import collect
 from unsloth_factory.config.commands import ChatConfig, ValidateConfig
 from unsloth_factory.config.errors import UsageError, UserError
 from unsloth_factory.config.settings import DataSettings, FinishedRun, GenerationSettings, ModelSettings
 from unsloth_factory.evaluation.validation import validate as evaluation
+from unsloth_factory.export.sums import write_folder_sums
 from unsloth_factory.inference.generate import Generation
 from unsloth_factory.run.folder import RunFolder, RunManifest
 
@@ -93,7 +96,16 @@ def test_validate_scores_every_gguf_of_the_run(served, tmp_path):
     assert list(report["metrics"]) == ["f16", "q8_0"]
     assert [metrics["exact match"]["value"] for metrics in report["metrics"].values()] == [1.0, 0.0]
     assert report["model"]["engine"] == "llama.cpp"
+    assert report["model"]["gguf"]["q8_0"]["sha256"] == hashlib.sha256(b"8").hexdigest()
     assert not (folder.validation_results / "validation.json").exists()
+    # A file that is made anew keeps no score of the one before it.
+    write_folder_sums(folder.gguf, ["run-q8_0.gguf", "run-f16.gguf"])
+    assert collect(folder)["quantized"]["q8_0"]["accuracy"] == 0.0
+    (folder.gguf / "run-q8_0.gguf").write_bytes(b"other")
+    write_folder_sums(folder.gguf, ["run-q8_0.gguf"])
+    summary = collect(folder)
+    assert summary["quantized"]["q8_0"]["accuracy"] is None
+    assert summary["f16_accuracy"] == 1.0
 
 
 def test_gguf_all_needs_files(served, random_model_dir):

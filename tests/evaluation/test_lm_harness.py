@@ -18,7 +18,7 @@ from unsloth_factory.model.load import load_model
 from unsloth_factory.run.folder import RunFolder, RunManifest
 
 DOCS = [
-    ("高血压患者应", ["低盐饮食", "高盐", "饮酒 很多", "熬夜"], 0, "高血压患者应低盐饮食，按时服药。" * 130),
+    ("高血压患者应", ["低盐饮食", "高盐", "饮酒 很多", "熬夜"], 0, "高血压患者应低盐饮食，按时服药。" * 260),
     ("发热超过三天应", ["就医", "等待", "加大剂量", "不管"], 1, "发热超过三天应及时就医。"),
     ("The quick brown fox ", ["jumps", "sleeps", "eats", "sings a song"], 2, "The quick brown fox jumps."),
 ]
@@ -101,7 +101,7 @@ def test_equal_to_the_harness_own_model(tasks, random_model_dir, chat):
     assert isinstance(ours["results"]["own_mc"]["acc_stderr,none"], float)
     assert any(sample["filtered_resps"][0] for sample in ours["samples"]["own_gen"])
     long = loaded.tokenizer.encode(DOCS[0][3])
-    assert len(long) > loaded.max_positions, "the perplexity has to be taken in windows"
+    assert len(long) > 2 * loaded.max_positions, "the last window is as long as it is whatever the one before it read"
 
 
 @pytest.mark.peer

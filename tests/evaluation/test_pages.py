@@ -139,3 +139,21 @@ def test_many_files_are_rows_and_nothing_is_cut_off():
     assert "| q8_0 | /x/m-q8_0.gguf | 1.0 | ab |" in page
     assert "q8_0 chooses as f16" in page
     assert "gguf {" not in page
+
+
+def test_a_validation_of_many_files_is_shown_in_parts_that_fit():
+    console = Console(width=80, record=True, force_terminal=False)
+    names = ("f16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "iq2_xxs")
+    metrics = {
+        "exact match": Metric(0.25, 0.012, 40),
+        "reference perplexity": Metric(5635.0, 751.6, 40, "lower"),
+        "major violations per answer": Metric(0.125, 0.031, 40, "lower"),
+    }
+    found = EvalReport("validation", {}, {}, 40, dict.fromkeys(names, metrics), headline="exact match")
+    print_report(found, console)
+    out = console.export_text()
+    assert "…" not in out
+    assert all(len(line) <= 80 for line in out.splitlines())
+    assert out.count("5635.0±751.6") == out.count("0.250±0.012") == out.count("0.125±0.031") == 6
+    heads = [line.split()[1:] for line in out.splitlines() if line.strip().startswith("metric")]
+    assert heads == [list(names[:4]), list(names[4:])]

@@ -9,6 +9,7 @@ import torch
 from unsloth_factory.config.settings import ModelSettings, TuningSettings
 from unsloth_factory.data.template import ChatTemplate
 from unsloth_factory.data.types import Turn
+from unsloth_factory.inference import perplexity
 from unsloth_factory.inference.perplexity import answer_losses
 from unsloth_factory.model.load import load_model
 
@@ -76,3 +77,8 @@ def test_only_the_answer_counts_and_the_mode_stays(loaded, samples):
     assert loaded.model.training
     assert first.tokens < len(samples[0].ids) / 2
     assert answer_losses(loaded, []) == []
+
+
+def test_batches_of_like_length_hold_only_so_many_tokens():
+    assert perplexity._batches([10, 3, 9, 5], 4, 20) == [[0, 2], [3, 1]]
+    assert perplexity._batches([50, 3], 4, 20) == [[0], [1]]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from unsloth_factory.commands.source import ResolvedModel
 from unsloth_factory.config.errors import UsageError, UserError
+from unsloth_factory.export.sums import verify_file
 from unsloth_factory.inference.gguf_header import GgufHeader
 
 
@@ -39,6 +41,18 @@ def gguf_variants(paths: Sequence[Path]) -> dict[str, Path]:
     if len(set(names)) < len(names):  # the same name in two folders
         names = [str(path) for path in paths]
     return dict(zip(names, paths, strict=True))
+
+
+def described_files(files: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
+    """What a report says of each variant's file: path, bytes, sha256.
+
+    Raises:
+        UserError: A file is not there, or not the one that was exported.
+    """
+    digests = {name: verify_file(path) for name, path in files.items()}
+    return {
+        name: {"path": str(path), "bytes": path.stat().st_size, "sha256": digests[name]} for name, path in files.items()
+    }
 
 
 def shortest_context(headers: Sequence[GgufHeader]) -> int:

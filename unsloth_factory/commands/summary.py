@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from unsloth_factory.run.atomic import write_json
+from unsloth_factory.run.atomic import read_sums, write_json
 from unsloth_factory.run.folder import RunFolder
 from unsloth_factory.run.report import write_report
 
@@ -43,15 +43,16 @@ def collect(folder: RunFolder) -> dict[str, Any]:
         summary[f"{variant}_accuracy"] = metrics[HEADLINE]["value"]
     if validation:
         summary["questions"] = validation["n"]
-    scores = {name: metrics[HEADLINE]["value"] for name, metrics in files.get("metrics", {}).items()}
+    sums = read_sums(folder.gguf)
     quantized = {}
     for path in sorted(folder.gguf.glob("*.gguf")):
         kind = path.stem.rsplit("-", 1)[-1]
+        score = _score(files, kind, sums.get(path.name))
         if kind in ("f16", "bf16", "f32"):
-            summary[f"{kind}_accuracy"] = scores.get(kind)
+            summary[f"{kind}_accuracy"] = score
             summary[f"{kind}_bytes"] = path.stat().st_size
         else:
-            quantized[kind] = {"accuracy": scores.get(kind), "bytes": path.stat().st_size}
+            quantized[kind] = {"accuracy": score, "bytes": path.stat().st_size}
     summary["quantized"] = quantized
     if folder.picked_file.is_file():
         summary["picked"] = _json(folder.picked_file)["file"]
@@ -60,6 +61,14 @@ def collect(folder: RunFolder) -> dict[str, Any]:
     benchmarks = [path for path in folder.evaluation_results.glob("*.json") if "submission" not in path.name]
     summary["benchmarks"] = {path.stem: _benchmark(_json(path)) for path in sorted(benchmarks)}
     return summary
+
+
+def _score(files: dict[str, Any], kind: str, digests: set[str] | None) -> float | None:
+    """What `uf validate --gguf` measured of a file; None if that was another file of its name."""
+    measured = files.get("model", {}).get("gguf", {}).get(kind, {}).get("sha256")
+    if kind not in files.get("metrics", {}) or (measured and digests and measured not in digests):
+        return None
+    return float(files["metrics"][kind][HEADLINE]["value"])
 
 
 def _benchmark(report: dict[str, Any]) -> dict[str, Any]:

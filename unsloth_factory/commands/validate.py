@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from unsloth_factory.commands.endpoint import remote_model, resolve_asked, validate_endpoint
-from unsloth_factory.commands.gguf_files import gguf_paths, gguf_variants, shortest_context
+from unsloth_factory.commands.gguf_files import described_files, gguf_paths, gguf_variants, shortest_context
 from unsloth_factory.commands.judge import follow_up, kept_answers, wanted
 from unsloth_factory.commands.progress import counting
 from unsloth_factory.commands.source import (
@@ -38,7 +38,6 @@ from unsloth_factory.evaluation.validation.validate import (
     model_answerers,
     validate,
 )
-from unsloth_factory.export.sums import verify_file
 from unsloth_factory.inference.gguf_header import read_header
 from unsloth_factory.inference.sampling import Sampling
 from unsloth_factory.knowledge import DomainPack, TermNormalizer
@@ -146,17 +145,15 @@ def _files(config: ValidateConfig, resolved: ResolvedModel, questions_of: Any, c
     """Each GGUF file is a variant, named by its type."""
     template = gguf_template(resolved)
     variants = gguf_variants(gguf_paths(str(config.gguf), resolved))
-    paths = list(variants.values())
-    headers = [read_header(path) for path in paths]
-    for path in paths:
-        verify_file(path)
+    headers = [read_header(path) for path in variants.values()]
+    known = described_files(variants)
     check = partial(require_same_tokenizer, template=template, resolved=resolved)
     with counting(console, "answers") as progress:
         return validate(
             {variant: gguf_answerer(path, check) for variant, path in variants.items()},
             questions_of(template),
             max_positions=shortest_context(headers),
-            model={"model": resolved.settings.model, "files": [str(path) for path in paths], "engine": "llama.cpp"},
+            model={"model": resolved.settings.model, "engine": "llama.cpp", "gguf": known},
             on_progress=progress,
         )
 

@@ -17,7 +17,7 @@ from unsloth_factory.evaluation.rows import plain_name, silent_faults, table_row
 MANY_SUBJECTS = 12
 """More subjects than this are only in the JSON file."""
 MANY_VARIANTS = 4
-"""More variants than this are rows, not columns."""
+"""More variants than this do not stand side by side in 80 columns."""
 SHOWN_METRICS = 4
 
 
@@ -29,7 +29,8 @@ def print_report(report: EvalReport, console: Console) -> None:
         if validation and report.comparisons:
             error = "differences with 95 % intervals (paired bootstrap), regressions first"
         console.print(f"{report.task}: {report.n:,} questions, {error}", highlight=False, soft_wrap=True)
-        console.print(delta_table(report) if validation else metrics_table(report))
+        for table in delta_tables(report) if validation else [metrics_table(report)]:
+            console.print(table)
         console.print(_conclusion(report), highlight=False, soft_wrap=True)
     subjects = report.details.get("subjects", {})
     if 1 < len(subjects) <= MANY_SUBJECTS and len(report.metrics) <= MANY_VARIANTS:
@@ -46,11 +47,22 @@ def print_report(report: EvalReport, console: Console) -> None:
         console.print(f"note: {note}", style="yellow", highlight=False, markup=False, soft_wrap=True)
 
 
-def delta_table(report: EvalReport) -> Table:
-    """A validation's metrics: regressions first, faults that no answer has left out. Fits 80 columns."""
+def delta_tables(report: EvalReport) -> Iterator[Table]:
+    """`delta_table`, a few variants (GGUF files) at a time, so that no metric is left out and none is cut off."""
+    for first in range(0, len(report.metrics), MANY_VARIANTS):
+        yield delta_table(report, slice(first, first + MANY_VARIANTS))
+
+
+def delta_table(report: EvalReport, shown: slice = slice(None)) -> Table:
+    """A validation's metrics: regressions first, faults that no answer has left out. Fits 80 columns.
+
+    Args:
+        report: With the differences between base and tuned, if it has both.
+        shown: Which of its variants.
+    """
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("metric")
-    for variant in report.metrics:
+    for variant in list(report.metrics)[shown]:
         table.add_column(variant, justify="right")
     if report.comparisons:
         table.add_column("difference", justify="right")
@@ -62,7 +74,7 @@ def delta_table(report: EvalReport) -> Table:
             style = {"worse": "red", "better": "green"}.get(row.verdict)
             table.add_row(name, *row.values, row.delta, Text(row.interval), row.verdict, style=style)
         else:
-            table.add_row(name, *map(_with_error, row.values, row.errors))
+            table.add_row(name, *map(_with_error, row.values[shown], row.errors[shown]))
     return table
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -9,6 +10,7 @@ from unsloth_factory.config.errors import UserError
 from unsloth_factory.inference.decoder import Decoder, evaluating
 from unsloth_factory.inference.sampling import GREEDY, Sampling, choose, row_streams
 from unsloth_factory.inference.thinking import ThinkingBudget
+from unsloth_factory.inference.workers import run_batches
 from unsloth_factory.model.loaded import LoadedModel
 
 AT_ONCE = 8
@@ -50,7 +52,7 @@ def generate(
         stop_ids: Tokens that end an answer.
         max_new_tokens: Longest answer, tokens; less where the model's context ends earlier.
         sampling: Greedy by default.
-        batch_size: Answers computed together.
+        batch_size: Answers computed together; a CPU works on several batches at a time (`workers.py`).
         on_progress: Called with (answers done, all).
         thinking: Closes the thinking of an answer that goes on beyond it; `max_new_tokens` are then for what follows.
 
@@ -61,10 +63,15 @@ def generate(
     budgets = [_budget(loaded, prompt, longest) for prompt in prompts]
     results: dict[int, Generation] = {}
     with evaluating(loaded):
-        for batch in length_batches([len(prompt) for prompt in prompts], batch_size):
+
+        def answer(batch: list[int], stopped: threading.Event) -> dict[int, Generation]:
             answers = _Answers(batch, [budgets[row] for row in batch], frozenset(stop_ids), thinking)
-            _run_batch(loaded, [prompts[row] for row in batch], answers, sampling)
-            results |= answers.finished
+            _run_batch(loaded, [prompts[row] for row in batch], answers, sampling, stopped)
+            return answers.finished
+
+        batches = length_batches([len(prompt) for prompt in prompts], batch_size)
+        for _, finished in run_batches(loaded, batches, answer):
+            results |= finished
             if on_progress:
                 on_progress(len(results), len(prompts))
     return [results[row] for row in range(len(prompts))]
@@ -153,10 +160,16 @@ class _Answers:
         return [slot for slot, row in enumerate(self.rows) if row not in self.finished]
 
 
-def _run_batch(loaded: LoadedModel, prompts: list[list[int]], answers: _Answers, sampling: Sampling) -> None:
+def _run_batch(
+    loaded: LoadedModel,
+    prompts: list[list[int]],
+    answers: _Answers,
+    sampling: Sampling,
+    stopped: threading.Event,
+) -> None:
     streams = row_streams(sampling, answers.rows)
     decoder = Decoder(loaded, prompts)
-    while True:
+    while not stopped.is_set():
         tokens = answers.forced(choose(decoder.logits, sampling, streams))
         answers.add(tokens)
         slots = answers.open_slots()

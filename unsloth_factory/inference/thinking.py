@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from unsloth_factory.data.template import ChatTemplate
 from unsloth_factory.data.thinking import CLOSE
@@ -26,7 +27,7 @@ class ThinkingBudget:
     template: ChatTemplate
     thinking: bool | None = True
 
-    @property
+    @cached_property  # made before the batches: a tokenizer's encoder must not be used in two threads at once
     def closing_ids(self) -> list[int]:
         """What ends the thinking, as the model itself would write it."""
         tokenizer = self.template.tokenizer

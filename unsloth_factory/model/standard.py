@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from unsloth_factory.config.errors import UserError
+from unsloth_factory.model.attention import attention_for
 from unsloth_factory.model.foreign_code import require_language_model
 from unsloth_factory.model.noise import quiet_libraries
 from unsloth_factory.model.weight_files import read_json
@@ -61,7 +62,7 @@ def load_base(folder: Path, *, quantization_bit: int | None, device: torch.devic
                 str(folder),
                 dtype=dtype,
                 device_map={"": device if device.type == "cpu" else device.index or 0},
-                attn_implementation="sdpa",
+                attn_implementation=attention_for(device),
                 use_safetensors=True,
                 trust_remote_code=False,
                 local_files_only=True,

@@ -14,7 +14,7 @@ import numpy as np
 from rich.console import Console
 
 from unsloth_factory.commands.evaluating.setup import scored_setup
-from unsloth_factory.commands.gguf_files import gguf_paths, gguf_variants, shortest_context
+from unsloth_factory.commands.gguf_files import described_files, gguf_paths, gguf_variants, shortest_context
 from unsloth_factory.commands.progress import counting
 from unsloth_factory.commands.source import ResolvedModel, gguf_template, require_same_tokenizer, resolve_source
 from unsloth_factory.config.commands import EvaluateConfig
@@ -34,7 +34,6 @@ from unsloth_factory.evaluation.generated.generative import (
 from unsloth_factory.evaluation.generated.kept_answers import KeptAnswers
 from unsloth_factory.evaluation.gguf_file import GgufFile, TokenComparison
 from unsloth_factory.evaluation.report import EvalReport
-from unsloth_factory.export.sums import verify_file
 from unsloth_factory.inference.generate import Generation
 from unsloth_factory.inference.gguf_header import read_header
 from unsloth_factory.inference.llama_cpp import require_library
@@ -45,12 +44,9 @@ def check_files(wanted: str, resolved: ResolvedModel) -> tuple[dict[str, Path], 
     require_library("cyllama", "scoring a GGUF file")
     files = gguf_variants(gguf_paths(wanted, resolved))
     headers = [read_header(path) for path in files.values()]
-    known = {
-        name: {"path": str(path), "bytes": path.stat().st_size, "sha256": verify_file(path)}
-        for name, path in files.items()
-    }
     engine = f"llama.cpp (cyllama {version('cyllama')})"
-    return files, {"model": resolved.settings.model, "engine": engine, "gguf": known}, shortest_context(headers)
+    description = {"model": resolved.settings.model, "engine": engine, "gguf": described_files(files)}
+    return files, description, shortest_context(headers)
 
 
 def score_files(

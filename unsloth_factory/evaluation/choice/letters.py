@@ -4,7 +4,7 @@ Evidence in order of strength, the first that is there decides: `\boxed{B}`; a s
 (答案是 B, 故选 B, the answer is B), the last one of several; a sentence that chooses (我选 B, I choose B); an option
 that is called right (B 项正确, B is correct); a line of nothing but the letter; the only line that begins as an option
 does (`B. 低盐饮食`); the only option that is spoken of (选项 B, option B, (B)); an option's very text. A letter in a
-word or a name (维生素 D, hepatitis B) is none.
+word or a name (维生素 D, hepatitis B) is none; who holds another letter possible in the same sentence chooses none.
 """
 
 from __future__ import annotations
@@ -44,6 +44,11 @@ _SEPARATOR = (
 _SEVERAL = re.compile(
     rf"[)\]\"'”]*(?:{_SEPARATOR}[(\[\"'“]*[A-Z](?![A-Za-z0-9])"
     r"|(?:\s*,\s*[(\[]?[A-Z][)\]]?)+(?=\s*(?:$|[.。;；!！\n])))"
+)
+# Another letter in the same sentence, held possible and nothing more: 'A, but maybe B' decides for neither.
+_PERHAPS = re.compile(
+    r"[^.。;；!！?\n]{0,20}?(?:\b(?:maybe|perhaps|possibly|(?:might|may|could)(?: also| well)* be)\b|可能|或许|也许)"
+    r"\s*(?:就?是|为|选)?\s*(?:选项|option)?\s*[(\[\"'“]?([A-Z])(?=[)\]\"'”]*\s*(?:选项|项)?\s*(?:$|[.,;:!?。、；\n]))"
 )
 _WRONG = re.compile(
     r"[)\]\"'”]*\s*(?:项|項|选项|選項)?\s*(?:是|is|was)?\s*(?:错|錯|不|有误|not\b|n't|wrong|incorrect|吗|嗎|么\?)"
@@ -102,7 +107,12 @@ def chosen_letter(text: str, letters: Sequence[str] = ("A", "B", "C", "D"), opti
     alone = {match[1].upper() for match in _LINE.finditer(plain)}
     if alone:
         return _known(alone, letters)
-    begun = {(match[1] or match[2]).upper() for match in _OPTION_LINE.finditer(plain)}
+    begun = {
+        found.upper()
+        for match in _OPTION_LINE.finditer(plain)
+        for found in (match[match.lastindex or 0], _perhaps(plain, match.end(match.lastindex or 0)))
+        if found
+    }
     if begun:
         return _known(begun, letters)
     spoken = {
@@ -135,7 +145,14 @@ def _statements(plain: str, pattern: str, certain: bool) -> Iterable[str]:
             continue
         if _WRONG.match(plain, end) or (not certain and _IF.search(plain[max(0, match.start() - 20) : match.start()])):
             continue
-        yield "" if _SEVERAL.match(plain, end) else letter.upper()
+        undecided = _perhaps(plain, end) not in (None, letter.upper())
+        yield "" if undecided or _SEVERAL.match(plain, end) else letter.upper()
+
+
+def _perhaps(plain: str, place: int) -> str | None:
+    """The letter that the sentence goes on to hold possible too."""
+    match = _PERHAPS.match(plain, place)
+    return match[1] if match else None
 
 
 def _shared(plain: str, place: int) -> bool:
