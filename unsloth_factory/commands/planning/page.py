@@ -150,7 +150,8 @@ def _print_advice(console: Console, plan: Plan) -> None:
 
 
 def _print_nothing_fits(console: Console, plan: Plan) -> None:
-    tried = ["micro-batches of 1", "checkpointing", "an 8-bit optimizer", "samples of 128 tokens"]
+    smaller = ["recomputing every layer"] if plan.engine == "fast" else ["micro-batches of 1", "checkpointing"]
+    tried = [*smaller, "an 8-bit optimizer", "samples of 128 tokens"]
     tried += ["4-bit base weights"] if plan.config.tuning.finetuning_type == "lora" else []
     line = f"Nothing fits on {plan.gpu.name}; tried: {', '.join(tried)}."
     if plan.instead is None or plan.instead.advised is None or plan.instead.command is None:
