@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from unsloth_factory.estimate import fast_engine
 from unsloth_factory.estimate.fast_engine import FastEngine, why_not_fast
 from unsloth_factory.estimate.forecast import Choice, Forecaster, best, larger, reductions
 from unsloth_factory.estimate.memory import Training
@@ -78,6 +79,18 @@ def test_new_sizes_cost_a_graph_each() -> None:
     more = engine.seconds(different) - engine.seconds(alike)
     longer = sum(engine.seconds([one]) for one in different) - 10 * engine.seconds([alike[0]])
     assert more - longer == pytest.approx(9 * 36 * 2.8e-3, rel=0.01)
+
+
+def test_the_attention_that_is_installed_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On Hopper GPUs alone; of samples of 8,192 tokens attention is nearly half."""
+    step = [[rows((8192,))]]
+    engines = [FastEngine(fast("4B"), GPUS[name]) for name in ("H200", "A100")]
+    monkeypatch.setattr(fast_engine, "find_spec", lambda name: None)
+    before = [engine.seconds(step) for engine in engines]
+    monkeypatch.setattr(fast_engine, "find_spec", lambda name: name)
+    after = [FastEngine(engine.training, engine.gpu).seconds(step) for engine in engines]
+    assert after[0] < 0.85 * before[0]
+    assert after[1] == before[1]
 
 
 def test_choices_that_the_engine_makes_itself_are_not_offered() -> None:

@@ -133,8 +133,7 @@ class FastEngine:
 
     def least(self, packed: Sequence[Packed]) -> int:
         """Bytes without which not even the recomputation of every layer goes."""
-        alone = FastEngine(self.training, self.gpu)
-        return alone._estimate(max(_tokens(one) for one in packed), 1, recompute=True).reserved
+        return self._estimate(max(_tokens(one) for one in packed), 1, recompute=True).reserved
 
     def _estimate(self, tokens: int, trained: int, recompute: bool = False) -> MemoryEstimate:
         from unsloth_factory.model.fast.planner import workspace
@@ -154,6 +153,12 @@ class FastEngine:
             reserved=int(SLACK * sum(parts.values())),
             trained=sum(self.training.trained_parameters().values()),
         )
+
+    @cached_property
+    def _attention(self) -> tuple[float, float]:
+        """`HOPPER_ATTENTION` where this installation has it for the card."""
+        hopper = self.gpu.capability[0] == 9 and find_spec("flash_attn") is not None
+        return HOPPER_ATTENTION if hopper else ATTENTION
 
     def seconds(self, steps: Sequence[Sequence[Packed]]) -> float:
         """Of all steps: micro-batches, updates, and the graphs of sizes that are new."""
@@ -195,8 +200,7 @@ class FastEngine:
         products -= 2 * tokens * self.ranks[0][0] * self.ranks[0][1]  # no gradient below the first layer
         products += 4.0 * packed.trained * shape.hidden * shape.vocabulary
         moved += 4.0 * SIZE * packed.trained * shape.vocabulary / ELEMENTWISE
-        hopper = self.gpu.capability[0] == 9 and find_spec("flash_attn") is not None
-        a, b = HOPPER_ATTENTION if hopper else ATTENTION
+        a, b = self._attention
         squares = sum(length * (a * length + b) for length in packed.lengths)
         attention = 2.0 * attended * shape.query_width * squares
         return (products / PRODUCTS + attention) / self.gpu.products + moved / self.gpu.bandwidth

@@ -17,6 +17,7 @@ from unsloth_factory.evaluation.generated.generative import Answerer
 from unsloth_factory.evaluation.generated.kept_answers import KeptAnswers
 from unsloth_factory.inference.generate import AT_ONCE, Generation, Progress, generate
 from unsloth_factory.inference.thinking import ThinkingBudget
+from unsloth_factory.inference.workers import MOST_WORKERS
 from unsloth_factory.model.loaded import LoadedModel
 
 
@@ -49,8 +50,10 @@ class ModelAnswers:
         self._budget = ThinkingBudget(config.thinking_budget, template, thinking) if config.thinking_budget else None
         settings: dict[str, Any] = {"max_new_tokens": longest, "thinking_budget": config.thinking_budget}
         settings |= {"thinking": thinking, "stop_ids": sorted(template.stop_ids)}
+        # what is generated, and so may be lost, together: a CPU works on several batches at a time
+        chunk = self._batch_size * (MOST_WORKERS if loaded.device.type == "cpu" else 1)
         self.kept: dict[str, KeptAnswers] = {
-            variant: KeptAnswers(folder, model_identity(variant, resolved, loaded), settings, chunk=self._batch_size)
+            variant: KeptAnswers(folder, model_identity(variant, resolved, loaded), settings, chunk=chunk)
             for variant in resolved.variants
         }
 
