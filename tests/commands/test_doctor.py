@@ -78,11 +78,11 @@ def test_a_hopper_gpu_is_told_of_its_attention(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(doctor, "versions", lambda: {"gpu": "H100", "driver": "580", "cuda": "13.0"})
     monkeypatch.setattr(doctor, "pick_device_dtype", lambda: (None, None, "bfloat16"))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(doctor, "is_installed", lambda name: False)
     advice = list(doctor.check_gpu(CONFIG))[-1]
     assert advice.state == "note"
     assert "unsloth-factory[hopper]" in advice.fix
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(doctor, "is_installed", lambda name: name == "flash-attn-4")
     assert list(doctor.check_gpu(CONFIG))[-1].what == "precision"
 
 

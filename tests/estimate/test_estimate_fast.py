@@ -85,9 +85,9 @@ def test_the_attention_that_is_installed_is_counted(monkeypatch: pytest.MonkeyPa
     """On Hopper GPUs alone; of samples of 8,192 tokens attention is nearly half."""
     step = [[rows((8192,))]]
     engines = [FastEngine(fast("4B"), GPUS[name]) for name in ("H200", "A100")]
-    monkeypatch.setattr(fast_engine, "find_spec", lambda name: None)
+    monkeypatch.setattr(fast_engine, "is_installed", lambda name: False)
     before = [engine.seconds(step) for engine in engines]
-    monkeypatch.setattr(fast_engine, "find_spec", lambda name: name)
+    monkeypatch.setattr(fast_engine, "is_installed", lambda name: name == "flash-attn-4")
     after = [FastEngine(engine.training, engine.gpu).seconds(step) for engine in engines]
     assert after[0] < 0.85 * before[0]
     assert after[1] == before[1]

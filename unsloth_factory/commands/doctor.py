@@ -21,7 +21,7 @@ from unsloth_factory.config.errors import UserError
 from unsloth_factory.export.converter import find_converter
 from unsloth_factory.export.ollama import OllamaServer
 from unsloth_factory.model.device import pick_device_dtype
-from unsloth_factory.model.environment import versions
+from unsloth_factory.model.environment import FLASH_ATTENTION_4, is_installed, versions
 from unsloth_factory.scoring.text import missing_libraries
 
 State = Literal["ok", "note", "problem"]
@@ -104,7 +104,7 @@ def check_gpu(_: DoctorConfig) -> Iterator[Finding]:
     fix = "" if free >= GPU_GIB or free >= 0.9 * total else "another process holds the card: see nvidia-smi"
     yield Finding("GPU memory", f"{free:.1f} of {total:.1f} GiB free", "note" if fix else "ok", fix)
     yield Finding("precision", pick_device_dtype()[2])
-    if torch.cuda.get_device_capability()[0] == 9 and importlib.util.find_spec("flash_attn") is None:
+    if torch.cuda.get_device_capability()[0] == 9 and not is_installed(FLASH_ATTENTION_4):
         # on an H200 1.9 to 2.3 times as quick as torch's own; of a training with long samples a third of the time
         fix = 'pip install "unsloth-factory[hopper]": attention takes half the time on this card'
         yield Finding("attention", "torch's FlashAttention-2", "note", fix)

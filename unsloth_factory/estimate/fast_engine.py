@@ -13,13 +13,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from unsloth_factory.estimate.memory import HOPPER_WORKSPACE, WORKSPACE, MemoryEstimate, Training
 from unsloth_factory.estimate.rehearsal import PARTS, Part
 from unsloth_factory.estimate.speed import ELEMENTWISE
 from unsloth_factory.estimate.workload import Packed
+from unsloth_factory.model.environment import FLASH_ATTENTION_4, is_installed
 from unsloth_factory.model.gpus import Gpu
 from unsloth_factory.model.shapes import ModelShape
 
@@ -157,7 +157,7 @@ class FastEngine:
     @cached_property
     def _attention(self) -> tuple[float, float]:
         """`HOPPER_ATTENTION` where this installation has it for the card."""
-        hopper = self.gpu.capability[0] == 9 and find_spec("flash_attn") is not None
+        hopper = self.gpu.capability[0] == 9 and is_installed(FLASH_ATTENTION_4)
         return HOPPER_ATTENTION if hopper else ATTENTION
 
     def seconds(self, steps: Sequence[Sequence[Packed]]) -> float:

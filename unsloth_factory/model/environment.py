@@ -15,6 +15,8 @@ PACKAGES = (
     "safetensors",
     "tokenizers",
 )
+FLASH_ATTENTION_4 = "flash-attn-4"
+"""Attention on Hopper GPUs; named where it is installed. (The module `flash_attn` may be version 2.)"""
 
 
 def package_version(name: str) -> str:
@@ -25,12 +27,18 @@ def package_version(name: str) -> str:
         return "not installed"
 
 
+def is_installed(name: str) -> bool:
+    """Whether a distribution is there; nothing is imported."""
+    return package_version(name) != "not installed"
+
+
 def versions() -> dict[str, str]:
     """Python, the libraries that decide numbers, CUDA, GPU and driver, as text; no paths, no host name."""
     import torch
 
     found = {"python": platform.python_version(), "platform": f"{platform.system()} {platform.machine()}"}
     found |= {name: package_version(name) for name in PACKAGES}
+    found |= {name: package_version(name) for name in (FLASH_ATTENTION_4,) if is_installed(name)}
     found["torch"] = str(torch.__version__)
     found["cuda"] = str(torch.version.cuda or "none")
     if torch.cuda.is_available():
