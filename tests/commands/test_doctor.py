@@ -59,12 +59,17 @@ def test_a_card_that_torch_cannot_see(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "CUDA build of torch" in finding.fix
 
 
-def test_a_card_that_others_use(monkeypatch: pytest.MonkeyPatch) -> None:
+def card_of(monkeypatch: pytest.MonkeyPatch, name: str, gib: tuple[int, int], capability: tuple[int, int]) -> None:
+    """As on a machine with this card; memory free and in all."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (3 << 30, 16 << 30))
-    monkeypatch.setattr(doctor, "versions", lambda: {"gpu": "Tesla T4", "driver": "580", "cuda": "13.0"})
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (gib[0] << 30, gib[1] << 30))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(doctor, "versions", lambda: {"gpu": name, "driver": "580", "cuda": "13.0"})
     monkeypatch.setattr(doctor, "pick_device_dtype", lambda: (None, None, "no bfloat16 units"))
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+
+
+def test_a_card_that_others_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    card_of(monkeypatch, "Tesla T4", (3, 16), (7, 5))
     card, memory, precision = doctor.check_gpu(CONFIG)
     assert card.found == "Tesla T4, driver 580, CUDA 13.0"
     assert memory.found == "3.0 of 16.0 GiB free"
@@ -73,11 +78,7 @@ def test_a_card_that_others_use(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_hopper_gpu_is_told_of_its_attention(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (70 << 30, 80 << 30))
-    monkeypatch.setattr(doctor, "versions", lambda: {"gpu": "H100", "driver": "580", "cuda": "13.0"})
-    monkeypatch.setattr(doctor, "pick_device_dtype", lambda: (None, None, "bfloat16"))
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    card_of(monkeypatch, "H100", (70, 80), (9, 0))
     monkeypatch.setattr(doctor, "is_installed", lambda name: False)
     advice = list(doctor.check_gpu(CONFIG))[-1]
     assert advice.state == "note"

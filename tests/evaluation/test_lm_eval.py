@@ -5,7 +5,6 @@ The whole takes half an hour on a core; PEER_SUBJECTS=logic,law takes these subj
 
 from __future__ import annotations
 
-import csv
 import os
 import time
 from pathlib import Path
@@ -14,6 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from benchmarks.evaluation_speed import first_rows
 from unsloth_factory.config.settings import ModelSettings
 from unsloth_factory.data.template import ChatTemplate
 from unsloth_factory.evaluation.choice.benchmark import load_benchmark
@@ -39,18 +39,6 @@ def random_model(folder: Path, tokenizer_dir: Path, family: str) -> Path:
     )  # fmt: skip
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    return folder
-
-
-def first_rows(source: Path, folder: Path, rows: int | None) -> Path:
-    """C-Eval's dev and val with at most so many questions a subject."""
-    for split, limit in (("dev", None), ("val", rows)):
-        (folder / split).mkdir(parents=True)
-        for path in sorted((source / split).glob("*.csv")):
-            with open(path, encoding="utf-8", newline="") as file:
-                kept = list(csv.reader(file))[: None if limit is None else limit + 1]
-            with open(folder / split / path.name, "w", encoding="utf-8", newline="") as file:
-                csv.writer(file).writerows(kept)
     return folder
 
 
