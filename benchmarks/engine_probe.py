@@ -1,6 +1,6 @@
 """Where the fast engine's time goes on this GPU: kernels alone, whole micro-batches, waits, and a profile.
 
-    python benchmarks/engine_probe.py [check] [pieces] [whole] [waits] [profile] [--layers 36] [--cap 14.5] [--launches]
+    python benchmarks/engine_probe.py [check] [pieces] [products] [whole] [sizes] [waits] [profile] [--layers 36] [--cap 14.5] [--launches]
 
 Random weights of Qwen3-8B's shape, NF4, LoRA r = 16 on all linear layers. One line of JSON a figure. docs/engine-log.md
 keeps what came out.
@@ -144,6 +144,33 @@ def _dequantize(rows: int, columns: int) -> float:
         for _ in range(10):
             nf4.launch(packed, out)
     return round(timed(graph.replay, 5) / 10, 4)
+
+
+SHAPES = {
+    "qwen3-8b": MATRICES,
+    "qwen2-7b": {"qkv": (4608, 3584), "out": (3584, 3584), "gate_up": (37888, 3584), "down": (3584, 18944)},
+    "llama-3.1-8b": {"qkv": (6144, 4096), "out": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)},
+}
+RANKS = {"qkv": 48, "out": 16, "gate_up": 32, "down": 16}
+
+
+def products(sizes: range = range(512, 4097, 128)) -> None:
+    """A layer's base products by tokens of the micro-batch, microseconds: forwards and backwards of each matrix."""
+    for model_name, matrices in SHAPES.items():
+        widest = max(max(shape) for shape in matrices.values()) + 64
+        rows = torch.randn(max(sizes), widest, device=DEVICE, dtype=DTYPE)
+        for tokens in sizes:
+            figures = {}
+            for name, (outputs, inputs) in matrices.items():
+                rank = RANKS[name]
+                forwards = torch.randn(outputs, inputs + rank, device=DEVICE, dtype=DTYPE).t()
+                backwards = torch.randn(outputs + rank, inputs, device=DEVICE, dtype=DTYPE)
+                x, dy = (rows.flatten()[: tokens * n].view(tokens, n) for n in (inputs + rank, outputs + rank))
+                pair = [timed(lambda x=x, w=w: torch.mm(x, w), 5) for x, w in ((x, forwards), (dy, backwards))]
+                figures[name] = [round(1e3 * ms) for ms in pair]
+            total = sum(map(sum, figures.values()))
+            rate = 4 * tokens * sum(a * b for a, b in matrices.values()) / total / 1e6
+            say(what="products", model=model_name, tokens=tokens, us=total, tflops=round(rate, 1), **figures)
 
 
 def check(layers: int = 4) -> None:
@@ -303,6 +330,8 @@ def main() -> None:
         "check": check,
         "pieces": pieces,
         "whole": lambda: [whole(peft(), tokens, saving) for saving in Saving for tokens in (512, 1024, 2048, 4096)],
+        "products": products,
+        "sizes": lambda: [whole(peft(), tokens, Saving.KEEP) for tokens in range(1536, 3201, 128)],
         "waits": lambda: waits(peft()),
         "profile": lambda: profile(peft()),
     }
