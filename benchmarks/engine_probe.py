@@ -64,12 +64,12 @@ class RandomWeights:
         with torch.device("meta"):
             self.shapes = {name: p.shape for name, p in Qwen3ForCausalLM(shapes).named_parameters()}
 
-    def get(self, name: str) -> torch.Tensor:
+    def get(self, name: str, device: torch.device | None = None) -> torch.Tensor:
         """Ones for a norm, small normal numbers for a matrix."""
         shape = self.shapes[name]
         if len(shape) == 1:
-            return torch.ones(shape, device=DEVICE, dtype=DTYPE)
-        return torch.randn(shape, device=DEVICE, dtype=DTYPE) * 0.02
+            return torch.ones(shape, device=device or DEVICE, dtype=DTYPE)
+        return torch.randn(shape, device=device or DEVICE, dtype=DTYPE) * 0.02
 
 
 def model(layers: int) -> Any:
