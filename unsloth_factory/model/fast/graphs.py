@@ -8,7 +8,7 @@ the caller computes the loss. All graphs share one pool of memory: only one micr
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 
 from unsloth_factory.kernels.attention import Documents, launches_by_tokens, prepare
 from unsloth_factory.kernels.launch import power_of_two
+from unsloth_factory.kernels.transfer import to_device
 from unsloth_factory.model.fast.arena import Arena
 from unsloth_factory.model.fast.layer import Row, Saving
 from unsloth_factory.model.fast.planner import STEP, available, workspace
@@ -71,8 +72,8 @@ class _Graph:
         self.x, self.gradient, self.hidden = (
             place[: bucket.tokens] for place in (places.x, places.gradient, places.hidden)
         )
-        borders = torch.full((bucket.documents + 1,), bucket.tokens, dtype=torch.int32, device=self.x.device)
-        borders[0] = 0
+        # not filled on the GPU: a single number that is written there first waits for all that runs
+        borders = to_device(torch.tensor([0] + [bucket.tokens] * bucket.documents, dtype=torch.int32), self.x.device)
         lengths = (bucket.longest,) + (0,) * (bucket.documents - 1)  # of these only the longest is read
         cos, sin = places.angles[:, : bucket.tokens]
         self.row = Row(cos, sin, Documents(lengths, borders), places.arena)
@@ -138,9 +139,10 @@ class Graphs:
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
         before = torch.cuda.memory_reserved(x.device)
-        try:
+        graph = None
+        with suppress(torch.OutOfMemoryError):
             graph = self._record(bucket, self._places)
-        except torch.OutOfMemoryError:  # once more, with what torch holds for other uses
+        if graph is None:  # once more, with what torch holds for other uses
             torch.cuda.empty_cache()
             before = torch.cuda.memory_reserved(x.device)
             graph = self._record(bucket, self._places)

@@ -57,11 +57,11 @@ def probe(session: Session) -> None:
         _probe_evaluation(session)
     if scaler is not None:
         scaler.load_state_dict(scale)
-    in_force = str(session.state.levers)
-    print_labelled(
-        session.progress.console,
-        f"Memory      longest micro-batch of {tokens:,} tokens: peak {reading}" + (f"; {in_force}" if in_force else ""),
-    )
+    notes = [f"Memory      longest micro-batch of {tokens:,} tokens: peak {reading}"]
+    if session.state.merged_tokens is not None and session.packing:
+        notes.append(f"samples share micro-batches of up to {session.state.merged_tokens:,} tokens")
+    notes += [str(session.state.levers)] if str(session.state.levers) else []
+    print_labelled(session.progress.console, "; ".join(notes))
 
 
 def _costs(session: Session) -> list[float]:
