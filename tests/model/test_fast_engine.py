@@ -13,8 +13,8 @@ from unsloth_factory.kernels.attention import Documents
 from unsloth_factory.kernels.rotary import Heads
 from unsloth_factory.model.fast.arena import Arena
 from unsloth_factory.model.fast.embedding import HostEmbedding
-from unsloth_factory.model.fast.layer import Row, Saving
 from unsloth_factory.model.fast.graphs import Bucket
+from unsloth_factory.model.fast.layer import Row, Saving
 from unsloth_factory.model.fast.load import FolderWeights, load_fast
 from unsloth_factory.model.fast.planner import divide, saved_numbers
 from unsloth_factory.model.fast.spec import DecoderSpec, why_not
