@@ -194,18 +194,10 @@ class FastDecoder(nn.Module):
             saved: Used up.
             row: As in the forward pass.
         """
-        self.backward_layers(self.top_gradient(dhidden, last), saved, row)
-
-    def top_gradient(self, dhidden: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
-        """Gradient at the last layer's output, in its `down.output`; arguments as of `backward_stack`."""
         taker = self.stack[-1].down
-        top = taker.output(len(last))
-        rms_norm.rms_norm_backward(dhidden, last, self.norm.weight, self.spec.eps, out=taker.y_of(top))
-        return top
-
-    def backward_layers(self, top: torch.Tensor, saved: list[Saved], row: Row) -> None:
-        """What `backward_stack` does below the last norm: `top` is the gradient there, the others are as there."""
-        dx: torch.Tensor | None = top
+        dx: torch.Tensor | None = taker.output(len(last))
+        rms_norm.rms_norm_backward(dhidden, last, self.norm.weight, self.spec.eps, out=taker.y_of(dx))
+        del last  # 330 MB of 40,000 tokens of Qwen3-8B
         try:
             self._fetch(saved)
             for index in reversed(range(len(self.stack))):
@@ -233,16 +225,15 @@ class _Stack(torch.autograd.Function):
         ctx: Any, anchor: torch.Tensor, decoder: FastDecoder, x: torch.Tensor, row: Row, plan: Sequence[Saving]
     ) -> torch.Tensor:
         ctx.decoder, ctx.row = decoder, row
-        ctx.last, ctx.saved = decoder.forward_stack(x, row, plan)
-        return decoder.final_norm(ctx.last)
+        last, ctx.saved = decoder.forward_stack(x, row, plan)
+        ctx.last = [last]
+        return decoder.final_norm(last)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[None, None, None, None, None]:
         assert ctx.saved, "a second backward pass: the saved tensors are gone"
         ctx.decoder.adapter.prepare()
-        top = ctx.decoder.top_gradient(gradients[0], ctx.last)
-        ctx.last = None  # 330 MB of 40,000 tokens of Qwen3-8B
-        ctx.decoder.backward_layers(top, ctx.saved, ctx.row)
+        ctx.decoder.backward_stack(gradients[0], ctx.last.pop(), ctx.saved, ctx.row)
         return None, None, None, None, None
 
 

@@ -175,10 +175,10 @@ class Layer:
         assert saved.middle is not None
         assert saved.t is not None
         normed = self.normed(saved.middle, self.norms.mlp, self.gate_up)
-        gate_up = saved.gate_up
+        gate_up, t = saved.gate_up, saved.t["gate_up"]
         if gate_up is None:
             gate_up = self.gate_up.forward(normed, out=self.gate_up.y_of(self.gate_up.output(len(normed))))
-            saved.t["gate_up"] = self.gate_up.t_of(normed)
+            t = self.gate_up.t_of(normed)
         saved.gate_up = None
         dh = self.down.input_gradient(dy)
         h = swiglu.swiglu_backward(dh, gate_up)  # in dh's memory
@@ -187,8 +187,8 @@ class Layer:
         del h
         dgate_up = _room(gate_up, self.gate_up)
         dnormed = self.gate_up.input_gradient(dgate_up)
-        self.gate_up.add_gradients(dgate_up, self.gate_up.x_of(normed), saved.t["gate_up"])
-        del gate_up, dgate_up, normed
+        self.gate_up.add_gradients(dgate_up, self.gate_up.x_of(normed), t)
+        del gate_up, dgate_up, normed, t
         dmiddle = self.out.output(len(dy))
         rms_norm.rms_norm_backward(
             dnormed, saved.middle, self.norms.mlp, self.spec.eps,
