@@ -133,7 +133,7 @@ class FastEngine:
         return self._estimate(max(_tokens(one) for one in packed), max(one.trained for one in packed))
 
     def least(self, packed: Sequence[Packed]) -> int:
-        """Bytes without which not even the leanest plan goes."""
+        """Bytes without which it does not go even with every layer recomputed from an input in the CPU's memory."""
         return self._estimate(max(_tokens(one) for one in packed), 1, least=True).reserved
 
     def _estimate(self, tokens: int, trained: int, least: bool = False) -> MemoryEstimate:
@@ -141,8 +141,6 @@ class FastEngine:
 
         planner = self.planner()
         if least:
-            planner.recompute_all()
-        if least and planner.offloaded(tokens):
             planner.offload_all()
         hidden = self.training.shape.hidden
         parts = dict(self.resident)

@@ -22,7 +22,7 @@ MOST_TOKENS = 8192
 """Of a micro-batch that is put together here: larger ones are no faster."""
 LOGITS = 256 * 2**20
 """Bytes of a chunk of logits."""
-GAPS = 200 * 10**6
+GAPS = 300 * 10**6
 """Bytes of `RESERVE` that stay free even for a micro-batch that fits by the recomputation of every layer alone."""
 HOST_SHARE = 0.75
 """Of the CPU's free memory that layer inputs may take. It is pinned: the system cannot move it out of the way."""
