@@ -173,7 +173,7 @@ def walk(given: argparse.Namespace, rival: Any, layers: int, lengths: list[int])
         if isinstance(outcome, str):
             rivals.report(**line, tokens_per_second=None, error=outcome)
             return fitted, tokens
-        rivals.report(**line, **outcome, **rivals.peaks(), driver_gib=rivals.driver_gib())
+        rivals.report(**line, **outcome, **rival.plan(tokens), **rivals.peaks(), driver_gib=rivals.driver_gib())
         fitted = tokens
     return fitted, None
 
@@ -236,8 +236,8 @@ def _longest(
 
         began, outcome = time.perf_counter(), attempt(rival, once)
         rivals.report(
-            what="try", **facts(given, rival, layers), tokens=tokens, fits=outcome is True, **rivals.peaks(),
-            seconds=round(time.perf_counter() - began, 1), error=None if outcome is True else outcome,
+            what="try", **facts(given, rival, layers), tokens=tokens, fits=outcome is True, **rival.plan(tokens),
+            **rivals.peaks(), seconds=round(time.perf_counter() - began, 1), error=None if outcome is True else outcome,
         )  # fmt: skip
         return outcome is True
 

@@ -169,6 +169,10 @@ class Peer:
             self._loss_chunk(None)
         self.clean()
 
+    def plan(self, tokens: int) -> dict[str, Any]:
+        """Nothing: it does the same at every length."""
+        return {}
+
     def reliefs(self) -> list[Callable[[], None]]:
         """What to do one after the other when memory runs out, before the size is called too long.
 
@@ -286,9 +290,18 @@ class Ours:
         self.offload = False
         if self.fast:
             planner = self.loaded.decoder.planner
-            planner.budget = None
+            planner.budget, planner.offloads_all = None, False
             if not self.recomputes:
                 planner.forced = None
+
+    def plan(self, tokens: int) -> dict[str, Any]:
+        """Of the fast engine: how many layers keep what at this length, and what it has pinned."""
+        if not self.fast:
+            return {}
+        decoder = self.loaded.decoder
+        plan = [saving.value for saving in decoder.planner.plan(-(-tokens // 128) * 128)]
+        counts = {what: plan.count(what) for what in dict.fromkeys(plan)}
+        return {"plan": counts, "pinned_gib": round(decoder.host_inputs.size / 2**30, 2)}
 
     def recompute_all(self) -> None:
         """From now on take as little memory as can be."""
@@ -296,9 +309,9 @@ class Ours:
         self.loaded.recompute_layers()
 
     def reliefs(self) -> list[Callable[[], None]]:
-        """What the training loop does when memory runs out: plan with less, recompute all; `standard` offloads."""
+        """What the training loop does when memory runs out: plan with less, recompute all, offload."""
         if self.fast:
-            return [self.loaded.give_up_memory, self.loaded.recompute_layers]
+            return [self.loaded.give_up_memory, self.loaded.recompute_layers, self.loaded.offload_layers]
         return [lambda: setattr(self, "offload", True)]
 
 

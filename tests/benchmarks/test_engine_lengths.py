@@ -44,6 +44,9 @@ class Made:
     def begin(self) -> None:
         self.most = self.usual
 
+    def plan(self, tokens: int) -> dict[str, Any]:
+        return {"plan": {"offload": 35, "keep": 1}} if tokens == 8192 else {}
+
     def reliefs(self) -> list[Any]:
         return [] if self.relieved is None else [lambda: setattr(self, "most", self.relieved)]
 
@@ -71,6 +74,7 @@ def test_lengths_end_where_memory_does(lines):
 def test_a_relief_comes_before_giving_up(lines):
     assert engine_lengths.walk(GIVEN, Made(5000, relieved=9000), 36, [4096, 8192, 16384]) == (8192, 16384)
     assert [line["tokens_per_second"] is not None for line in lines()] == [True, True, False]
+    assert [line.get("plan") for line in lines()] == [None, {"offload": 35, "keep": 1}, None]
 
 
 def test_another_failure_costs_one_length(lines, capsys):

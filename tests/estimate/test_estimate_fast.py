@@ -17,6 +17,7 @@ from unsloth_factory.estimate.fast_engine import FastEngine, why_not_fast
 from unsloth_factory.estimate.forecast import Choice, Forecaster, best, larger, reductions
 from unsloth_factory.estimate.memory import Training
 from unsloth_factory.estimate.workload import Packed, assumed_workload
+from unsloth_factory.model.fast.layer import Saving
 from unsloth_factory.model.gpus import GPUS
 from unsloth_factory.training.memory.cuts import merged
 
@@ -70,6 +71,31 @@ def test_a_sample_may_be_cut_to_any_memory_but_not_to_none() -> None:
     assert 2048 <= forecasts[14.5].longest <= 4096
     for gib in (14.5, 8):
         assert forecasts[gib].memory.reserved <= gib * GIB - H200.context
+
+
+@pytest.mark.parametrize(("gib", "longest"), [(14.5, 58_000), (24, 126_000), (8, 11_700)])
+def test_one_layer_bounds_the_longest_sequence(gib: float, longest: int) -> None:
+    """Not all layers' inputs: an H200 limited to 14.2 GiB trained 20,000 tokens with those on the card."""
+    card = replace(H200, memory=int(gib * GIB))
+    engine = FastEngine(fast("8B"), card)
+    shares = [engine.least([rows((tokens,))]) / card.room for tokens in range(1024, 2 * longest, 1024)]
+    assert shares == sorted(shares)
+    assert 1024 * sum(share < 1 for share in shares) == pytest.approx(longest, rel=0.05)
+    forecaster = Forecaster(fast("8B"), assumed_workload(longest // 2, 1, True, 1.0, 10, merged), card)
+    forecast = forecaster.forecast(Choice(1, 4, True, True, "adamw_8bit", longest // 2))
+    assert forecast.verdict == "fits"
+    assert forecast.memory.reserved <= 1.01 * card.room
+    assert Saving.OFFLOAD in engine.planner().plan(longest // 2)
+
+
+def test_offloaded_layers_take_as_long_as_recomputed_ones() -> None:
+    """But no graph is made for them."""
+    small, large = (FastEngine(fast("8B", low_memory=True), replace(H200, memory=gib * GIB)) for gib in (15, 140))
+    step = [rows((24_000,))]
+    assert small.planner().offloaded(24_000)
+    assert not large.planner().offloaded(24_000)
+    captures = large.seconds([step]) - small.seconds([step])
+    assert captures == pytest.approx(36 * 2.8e-3)
 
 
 def test_new_sizes_cost_a_graph_each() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,26 +11,29 @@ import pytest
 import torch
 
 from unsloth_factory.config.settings import ModelSettings, TuningSettings
-from unsloth_factory.kernels import attention, swiglu
+from unsloth_factory.kernels import attention, hopper, swiglu
 from unsloth_factory.model.fast.layer import Saving
+from unsloth_factory.model.fast.planner import workspace
 from unsloth_factory.model.load import load_model
 from unsloth_factory.model.loaded import LoadedModel
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 TUNING = TuningSettings(lora_r=8, lora_alpha=16, quantization_bit=4)
 LENGTHS = (300, 17, 500, 1, 206)
+LONG, DEEP = (20_000, 1000), 12
 Gradients = dict[str, torch.Tensor]
 
 
 @pytest.fixture(scope="module")
 def wide(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Random models wide enough for real kernels: hidden size 512, heads of 128, four layers."""
+    """Random models wide enough for real kernels: hidden size 512, heads of 128, four layers ("deep": twelve)."""
     root = request.config.pluginmanager.get_plugin(str(Path(__file__).resolve().parent.parent / "conftest.py"))
     made: dict[str, Path] = {}
 
     def make(family: str) -> Path:
         if family not in made:
-            folder = root.make_random_model(tmp_path_factory.mktemp(family), family=family, layers=4, hidden=512)
+            name, layers = ("qwen3", DEEP) if family == "deep" else (family, 4)
+            folder = root.make_random_model(tmp_path_factory.mktemp(family), family=name, layers=layers, hidden=512)
             config = json.loads((folder / "config.json").read_text())
             (folder / "config.json").write_text(json.dumps(config | {"sliding_window": None}))
             made[family] = folder
@@ -186,3 +189,77 @@ def test_a_backward_pass_that_comes_too_late(wide: Any) -> None:
     loaded.hidden_states(ids, positions, None)
     with pytest.raises(AssertionError, match="a later forward pass"):
         first.sum().backward()
+
+
+@pytest.fixture
+def repeatable(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Sums always come in the same order; and new memory is full of NaN, so that nobody reads before a copy is done."""
+    monkeypatch.setattr(hopper, "takes", lambda *arguments: False)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def three_micro_batches(loaded: LoadedModel, plan: list[Saving] | None) -> tuple[list[torch.Tensor], Gradients, int]:
+    """(hidden states, gradients added up, peak bytes) of three of different lengths, without a wait in between."""
+    decoder = loaded.decoder
+    decoder.planner.forced = plan
+    loaded.model.zero_grad()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before, found = torch.cuda.memory_allocated(), []
+    for lengths in (LONG, (sum(LONG) // 2,), LONG[::-1]):
+        generator = torch.Generator().manual_seed(len(found))
+        ids = torch.randint(5, 250, (1, sum(lengths)), generator=generator)
+        positions = torch.cat([torch.arange(n) for n in lengths])[None]
+        hidden = loaded.hidden_states(ids, positions, None)
+        found.append(hidden.detach()[0, ::7].clone())
+        hidden.backward(torch.ones_like(hidden))
+        del hidden
+    peak = torch.cuda.max_memory_allocated() - before
+    gradients = {name: p.grad.clone() for name, p in loaded.model.named_parameters() if p.requires_grad}
+    return found, gradients, peak
+
+
+def test_inputs_in_pinned_memory(wide: Any, repeatable: None) -> None:
+    """The same bits as with every input on the GPU, in less of its memory; mixed with other plans too."""
+    loaded = load(wide("deep"), "fast", torch.bfloat16)
+    loaded.decoder.graphs = None
+    three_micro_batches(loaded, [Saving.RECOMPUTE] * DEEP)  # kernels are compiled, workspaces allocated
+    wanted, gradients, most = three_micro_batches(loaded, [Saving.RECOMPUTE] * DEEP)
+    mixed = [Saving.OFFLOAD] * 5 + [Saving.RECOMPUTE, Saving.OFFLOAD, Saving.DROP_GATE_UP, Saving.OFFLOAD]
+    for plan in ([Saving.OFFLOAD] * (DEEP - 1) + [Saving.KEEP], [Saving.OFFLOAD] * DEEP, [*mixed, *[Saving.KEEP] * 3]):
+        hidden, found, peak = three_micro_batches(loaded, plan)
+        assert all(torch.equal(one, other) for one, other in zip(hidden, wanted, strict=True))
+        assert all(torch.equal(found[name], gradients[name]) for name in found), plan
+        if plan[: DEEP - 1] == [Saving.OFFLOAD] * (DEEP - 1):
+            # eleven inputs fewer, one on its way; the last layer's own do not lie beside those of another layer
+            assert most - peak > 8 * sum(LONG) * 512 * 2
+        print(f"peak of {peak / 2**20:,.0f} MiB instead of {most / 2**20:,.0f}")
+    host = loaded.decoder.host_inputs
+    assert all(block.is_pinned() for block in host._blocks)
+    assert host.size > 0
+    loaded.give_up_memory()
+    assert host.size == 0
+
+
+def test_what_does_not_fit_goes_without_graphs(wide: Any, repeatable: None) -> None:
+    """The planner's own choice, when its memory is too small: graphs give way, and come back for short rows."""
+    loaded = load(wide("deep"), "fast", torch.bfloat16)
+    decoder, graphs = loaded.decoder, loaded.decoder.graphs
+    before = run(loaded)
+    assert graphs._graphs
+    wanted = run(loaded, LONG)
+    decoder.planner.budget = workspace(decoder.spec, sum(LONG), 2) - 2**28
+    found = run(loaded, LONG)
+    assert decoder.planner.plan(sum(LONG)) == [Saving.OFFLOAD] * (DEEP - 1) + [Saving.KEEP]
+    assert not graphs._graphs
+    assert decoder.host_inputs.size > 0
+    assert error(found[0], wanted[0]) < 2e-2
+    assert error(flat(found[1]), flat(wanted[1])) < 3e-2
+    again = run(loaded)
+    assert graphs._graphs
+    assert error(flat(again[1]), flat(before[1])) < 2e-2
+    loaded.offload_layers()
+    assert decoder.planner.plan(128) == [Saving.OFFLOAD] * (DEEP - 1) + [Saving.RECOMPUTE]
+    assert error(flat(run(loaded)[1]), flat(before[1])) < 3e-2

@@ -19,6 +19,8 @@ from unsloth_factory.config.errors import UserError
 from unsloth_factory.config.settings import ModelSettings, RunSettings, TuningSettings
 from unsloth_factory.data.batching import pack
 from unsloth_factory.model.fast import pace
+from unsloth_factory.model.fast.layer import Saving
+from unsloth_factory.model.fast.offload import BLOCK
 from unsloth_factory.model.fast.planner import STEP
 from unsloth_factory.model.load import load_model
 from unsloth_factory.run.folder import RunFolder
@@ -267,7 +269,7 @@ def test_levers_in_the_order_of_their_price(tmp_path: Path, job_in, monkeypatch:
 # --- recovery in a run
 
 
-def test_the_fast_engine_is_not_offered_what_it_does_not_have(tmp_path: Path, job_in, random_model_dir: Path) -> None:
+def test_the_fast_engine_offloads_its_inputs_at_the_last(tmp_path: Path, job_in, random_model_dir: Path) -> None:
     gauge = Gauge()
     gauge.offloads = True
     settings = ModelSettings(model=str(random_model_dir), engine="fast")
@@ -275,9 +277,25 @@ def test_the_fast_engine_is_not_offered_what_it_does_not_have(tmp_path: Path, jo
     job = job_in(tmp_path, loaded=fast, method=SmallCard(0), meter=gauge)
     with pytest.raises(UserError, match="Out of GPU memory in step 1"):
         train(job)
-    assert "each layer computed again" in said(job)
-    assert "in the CPU's memory" not in said(job)
+    text = said(job)
+    assert text.index("each layer computed again") < text.index("activations kept in the CPU's memory")
     assert fast.decoder.planner.recomputes_all
+    assert fast.decoder.planner.plan(20) == [Saving.OFFLOAD, Saving.RECOMPUTE]
+
+
+def test_a_fast_run_goes_on_with_offloaded_inputs(tmp_path: Path, job_in, random_model_dir: Path) -> None:
+    """The same losses as without the fault, bit for bit."""
+
+    def run(folder: Path, levers: Levers) -> tuple[list[float], int]:
+        settings = ModelSettings(model=str(random_model_dir), engine="fast")
+        fast = load_model(settings, for_training=True, tuning=TuningSettings(lora_r=4), device=torch.device("cpu"))
+        levers.apply(fast)
+        train(job_in(folder, loaded=fast, loop={"max_steps": 3}))
+        return losses(folder), fast.decoder.host_inputs.size
+
+    kept, offloaded = run(tmp_path / "kept", Levers()), run(tmp_path / "offloaded", Levers(offload=True))
+    assert offloaded[0] == kept[0]
+    assert (kept[1], offloaded[1]) == (0, BLOCK)
 
 
 def test_the_step_is_repeated_with_smaller_micro_batches(tmp_path: Path, job_in) -> None:

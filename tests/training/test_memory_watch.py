@@ -14,9 +14,10 @@ from small_memory import Gauge, SmallCard, bits, losses, opened, quick_collectio
 from training_jobs import said, samples
 
 from unsloth_factory.data.batching import pack
+from unsloth_factory.model import host_memory
+from unsloth_factory.model.host_memory import cgroup_rooms
 from unsloth_factory.training.loop import train
-from unsloth_factory.training.memory import meter
-from unsloth_factory.training.memory.meter import GIB, HostMeter, Reading, cgroup_rooms
+from unsloth_factory.training.memory.meter import GIB, HostMeter, Reading
 from unsloth_factory.training.memory.watch import SETTLING, WINDOW, MemoryWatch
 from unsloth_factory.training.methods import LossSum, Sft
 
@@ -151,6 +152,6 @@ def test_a_container_has_less_than_the_machine(tmp_path: Path) -> None:
 
 
 def test_the_container_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(meter, "cgroup_rooms", lambda: [12345])
+    monkeypatch.setattr(host_memory, "cgroup_rooms", lambda: [12345])
     reading = HostMeter().read()
     assert reading.limit - reading.used == 12345

@@ -1,8 +1,9 @@
 """What `--engine fast` takes of a card, and how quick it is there: its own planner, asked without the card.
 
 Its memory is no sum of what a training needs but what there is: activations fill the room that weights, adapter and
-optimizer leave, up to `MOST_TOKENS`; with less room layers recompute more. So what is too large takes longer, and only
-what not even the recomputation of every layer makes room for does not fit. It runs as CUDA graphs, whose pace the card
+optimizer leave, up to `MOST_TOKENS`; with less room layers recompute more, and then leave their inputs in the CPU's
+memory, of which the machine is taken to have enough. So what is too large takes longer, and only what one layer alone
+has no room for does not fit. It runs as CUDA graphs, whose pace the card
 sets: with the same constants as here an H200 of another machine was as fast, where Python's pace had doubled.
 
 The constants were fitted to f1 to f6 of benchmarks/plan_accuracy.py on an H200 (2026-11-22).
@@ -10,6 +11,7 @@ The constants were fitted to f1 to f6 of benchmarks/plan_accuracy.py on an H200 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -31,8 +33,6 @@ SIZE = 2
 """Bytes of a number that is computed with."""
 SLACK = 1.017
 """Reserved by torch over what was in use at once, with what this module leaves out: 1.0 to 2.0 % in six runs."""
-LOGITS = 256 * 2**20
-"""Bytes of a chunk of logits."""
 PRODUCTS = 0.95
 """Of the rate of large products: 750 of 791 TFLOP/s."""
 DEQUANTISED = 0.95
@@ -118,6 +118,7 @@ class FastEngine:
         planner = Planner(self.spec, torch.device("cuda"))
         planner.extra = 2 * sum(rank for _, _, rank in self.ranks)
         planner.budget = self.gpu.room - sum(self.resident.values()) - RESERVE
+        planner.host_budget = sys.maxsize
         if self.training.low_memory:
             planner.recompute_all()
         return planner
@@ -132,20 +133,21 @@ class FastEngine:
         return self._estimate(max(_tokens(one) for one in packed), max(one.trained for one in packed))
 
     def least(self, packed: Sequence[Packed]) -> int:
-        """Bytes without which not even the recomputation of every layer goes."""
-        return self._estimate(max(_tokens(one) for one in packed), 1, recompute=True).reserved
+        """Bytes without which it does not go even with every layer recomputed from an input in the CPU's memory."""
+        return self._estimate(max(_tokens(one) for one in packed), 1, least=True).reserved
 
-    def _estimate(self, tokens: int, trained: int, recompute: bool = False) -> MemoryEstimate:
-        from unsloth_factory.model.fast.planner import workspace
+    def _estimate(self, tokens: int, trained: int, least: bool = False) -> MemoryEstimate:
+        from unsloth_factory.model.fast.planner import LOGITS, workspace
 
         planner = self.planner()
-        if recompute:
-            planner.recompute_all()
+        if least:
+            planner.offload_all()
         hidden = self.training.shape.hidden
         parts = dict(self.resident)
         parts["activations"] = planner.room(tokens)
-        # the graphs' places: input, gradient, output; cosines and sines
-        parts["temporaries"] = 3 * SIZE * tokens * hidden + 8 * tokens * (self.training.shape.head_dim // 2)
+        # cosines and sines; the graphs' places for input, gradient and output
+        parts["temporaries"] = 8 * tokens * (self.training.shape.head_dim // 2)
+        parts["temporaries"] += 0 if planner.offloaded(tokens) else 3 * SIZE * tokens * hidden
         parts["logits"] = LOGITS + 2 * SIZE * trained * hidden
         parts["workspace"] += workspace(self.spec, tokens, SIZE)
         return MemoryEstimate(
@@ -165,8 +167,10 @@ class FastEngine:
 
         planner = self.planner()
         packed = [one for step in steps for one in step]
-        planner.arena = planner.room(max(_tokens(one) for one in packed)) if planner.forced is None else None
-        buckets = {Bucket.of(one.lengths, self._hopper) for one in packed}
+        captured = [one for one in packed if not planner.offloaded(_tokens(one))]
+        if captured and planner.forced is None:
+            planner.arena = planner.room(max(_tokens(one) for one in captured))
+        buckets = {Bucket.of(one.lengths, self._hopper) for one in captured}
         known: dict[int, dict[Any, int]] = {}
         for tokens in {_tokens(one) for one in packed}:
             plan = planner.plan(tokens)
@@ -183,6 +187,7 @@ class FastEngine:
         assert self.gpu.bandwidth is not None
         shape, tokens = self.training.shape, _tokens(packed)
         again = {Saving.KEEP: (), Saving.DROP_GATE_UP: (2,), Saving.RECOMPUTE: (0, 1, 2)}
+        again[Saving.OFFLOAD] = again[Saving.RECOMPUTE]  # its copies hide behind the arithmetic
         products = moved = 0.0
         attended = 3.5 * shape.layers
         for saving, layers in plan.items():
@@ -193,7 +198,7 @@ class FastEngine:
                 moved += layers * 2 * SIZE * tokens * (inputs + outputs) / ELEMENTWISE
                 if self.training.quantized:
                     moved += layers * (forwards + 1) * inputs * outputs * (0.5 + SIZE) / DEQUANTISED
-            forwards = 2 if saving is Saving.RECOMPUTE else 1
+            forwards = 2 if saving in (Saving.RECOMPUTE, Saving.OFFLOAD) else 1
             attended += layers * (forwards - 1)
             moved += layers * SIZE * tokens * _elementwise(shape, forwards) / ELEMENTWISE
         products -= 2 * tokens * self.ranks[0][0] * self.ranks[0][1]  # no gradient below the first layer

@@ -162,6 +162,15 @@ class LoadedModel:
         else:
             self.set_gradient_checkpointing(True)
 
+    def offload_layers(self) -> None:
+        """From now on recompute every layer from an input that waits in the CPU's memory.
+
+        The fast engine alone does that itself: around the standard one it is done by `training.memory.offload`.
+        """
+        if self.engine == "fast":
+            self.decoder.planner.offload_all()
+            self.give_up_memory()
+
     def give_up_memory(self) -> None:
         """After memory ran out: free what is kept for speed alone."""
         if self.engine == "fast":

@@ -155,7 +155,9 @@ def start_over(session: Session) -> None:
 
 
 def _saved_tensors(session: Session) -> AbstractContextManager[object]:
-    return offloaded(session.job.loaded) if session.state.levers.offload else nullcontext()
+    loaded = session.job.loaded
+    # the fast engine keeps its activations where autograd's hooks do not see them, and offloads them itself
+    return offloaded(loaded) if session.state.levers.offload and loaded.engine != "fast" else nullcontext()
 
 
 def _measure(session: Session, batches: list[Batch], sums: Sums, count: int) -> Gradients:

@@ -22,6 +22,7 @@ from unsloth_factory.model.fast.flat import FlatAdapter
 from unsloth_factory.model.fast.graphs import Graphs
 from unsloth_factory.model.fast.layer import Layer, Row, Saved, Saving
 from unsloth_factory.model.fast.linear import LoraPair
+from unsloth_factory.model.fast.offload import HostInputs
 from unsloth_factory.model.fast.planner import Planner
 from unsloth_factory.model.fast.spec import DecoderSpec, RotaryTable
 
@@ -51,6 +52,8 @@ class FastDecoder(nn.Module):
         self._device = device
         self.adapter = FlatAdapter([], device)
         """Where the LoRA matrices lie while they train."""
+        self.host_inputs = HostInputs(device)
+        """Where layers of `Saving.OFFLOAD` leave their inputs."""
         self.graphs: Graphs | None = None
         """On a GPU: replayed instead of launching each kernel. None launches them."""
 
@@ -83,6 +86,7 @@ class FastDecoder(nn.Module):
         """After memory ran out: free what is kept for speed, and plan with less from now on."""
         if self.graphs is not None:
             self.graphs.drop()
+        self.host_inputs.release()
         self.planner.tighten()
 
     @property
@@ -145,10 +149,13 @@ class FastDecoder(nn.Module):
     def _run(self, x: torch.Tensor, row: Row) -> torch.Tensor:
         """[T, h] -> normed [T, h]"""
         if torch.is_grad_enabled() and self.lora:
-            if self.graphs is not None:
+            plan = self.planner.plan(len(x))
+            if self.graphs is not None and Saving.OFFLOAD not in plan:
                 return self.graphs.run(x, row)
+            if self.graphs is not None:
+                self.graphs.give_way()
             anchor = torch.zeros((), device=x.device, requires_grad=True)
-            return _Stack.apply(anchor, self, x, row)
+            return _Stack.apply(anchor, self, x, row, plan)
         if self.graphs is not None:
             self.graphs.make_room(len(x))
         with torch.no_grad():
@@ -164,10 +171,17 @@ class FastDecoder(nn.Module):
         """(output [T, h] of the last layer, what each layer keeps)."""
         if row.arena is not None:
             row.arena.rewind()
+        if Saving.OFFLOAD in plan:
+            self.host_inputs.begin()
         kept = []
         for layer, saving in zip(self.stack, plan, strict=True):
-            x, saved = layer.forward(x, row, saving=saving)
+            away = self.host_inputs.send(x) if saving is Saving.OFFLOAD else None
+            y, saved = layer.forward(x, row, saving=saving)
             assert saved is not None
+            if away is not None:
+                self.host_inputs.wait(away)  # only then may x's memory be another's
+                saved.x, saved.away = x.new_empty(0), away
+            x = y
             kept.append(saved)
         return x, kept
 
@@ -184,28 +198,44 @@ class FastDecoder(nn.Module):
         top = taker.output(len(last))
         rms_norm.rms_norm_backward(dhidden, last, self.norm.weight, self.spec.eps, out=taker.y_of(top))
         dx: torch.Tensor | None = top
-        for index in reversed(range(len(self.stack))):
-            assert dx is not None
-            below = self.stack[index - 1].down if index else None
-            dx = self.stack[index].backward(dx, saved.pop(), row, below)
+        del last, top  # 330 MB each of 40,000 tokens of Qwen3-8B
+        try:
+            self._fetch(saved)
+            for index in reversed(range(len(self.stack))):
+                assert dx is not None
+                one = saved.pop()
+                if one.away is not None:
+                    self.host_inputs.wait(one.away)
+                self._fetch(saved)  # for the layer below, while this one computes
+                below = self.stack[index - 1].down if index else None
+                dx = self.stack[index].backward(dx, one, row, below)
+        finally:
+            self.host_inputs.join()  # of a pass that failed a copy may still be on its way
+
+    def _fetch(self, saved: list[Saved]) -> None:
+        """Bring the last one's input back if it is away."""
+        if saved and saved[-1].away is not None:
+            saved[-1].x = self.host_inputs.fetch(saved[-1].away)
 
 
 class _Stack(torch.autograd.Function):
     """All layers and the last norm. The gradients of the LoRA matrices go straight into their `.grad`."""
 
     @staticmethod
-    def forward(ctx: Any, anchor: torch.Tensor, decoder: FastDecoder, x: torch.Tensor, row: Row) -> torch.Tensor:
+    def forward(
+        ctx: Any, anchor: torch.Tensor, decoder: FastDecoder, x: torch.Tensor, row: Row, plan: Sequence[Saving]
+    ) -> torch.Tensor:
         ctx.decoder, ctx.row = decoder, row
-        ctx.last, ctx.saved = decoder.forward_stack(x, row, decoder.planner.plan(len(x)))
-        return decoder.final_norm(ctx.last)
+        last, ctx.saved = decoder.forward_stack(x, row, plan)
+        ctx.last = [last]
+        return decoder.final_norm(last)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[None, None, None, None]:
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[None, None, None, None, None]:
         assert ctx.saved, "a second backward pass: the saved tensors are gone"
-        last, ctx.last = ctx.last, None
         ctx.decoder.adapter.prepare()
-        ctx.decoder.backward_stack(gradients[0], last, ctx.saved, ctx.row)
-        return None, None, None, None
+        ctx.decoder.backward_stack(gradients[0], ctx.last.pop(), ctx.saved, ctx.row)
+        return None, None, None, None, None
 
 
 def _pair(module: Any) -> LoraPair:

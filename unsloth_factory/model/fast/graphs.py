@@ -122,6 +122,12 @@ class Graphs:
         self._places, self._pool, self._pooled = None, None, 0
         self.decoder.planner.arena = None
 
+    def give_way(self) -> None:
+        """Before a micro-batch so long that it needs all memory and goes without graphs: drop them."""
+        if self._graphs:
+            self.drop()
+            torch.cuda.empty_cache()
+
     def make_room(self, tokens: int) -> None:
         """Before a pass without graphs: drop them where their memory is needed."""
         device = self.decoder.norm.weight.device
@@ -143,6 +149,7 @@ class Graphs:
         with suppress(torch.OutOfMemoryError):
             graph = self._record(bucket, self._places)
         if graph is None:  # once more, with what torch holds for other uses
+            self._pool = self._pool if self._graphs else torch.cuda.graph_pool_handle()
             torch.cuda.empty_cache()
             before = torch.cuda.memory_reserved(x.device)
             graph = self._record(bucket, self._places)
@@ -189,7 +196,7 @@ class Graphs:
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream), torch.no_grad():
-            for saving in Saving:
+            for saving in (Saving.KEEP, Saving.DROP_GATE_UP, Saving.RECOMPUTE):
                 last, saved = decoder.forward_stack(rows, row, [saving] * len(decoder.stack))
                 decoder.final_norm(last)
                 decoder.backward_stack(rows, last, saved, row)

@@ -3,7 +3,7 @@
     a = attention(rotate(norm(x) W_qkv));  m = x + a W_o;  y = m + swiglu(norm(m) W_gu) W_d
 
 What every choice recomputes is cheap arithmetic without products: norms, head norms, rotation, SwiGLU. Saved numbers a
-token, 2 bytes each, for Qwen3-8B: KEEP 43 k (86 KB), DROP_GATE_UP 18.6 k, RECOMPUTE 4 k.
+token, 2 bytes each, for Qwen3-8B: KEEP 43 k (86 KB), DROP_GATE_UP 18.6 k, RECOMPUTE 4 k, OFFLOAD none on the GPU.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from unsloth_factory.kernels import attention, rms_norm, rotary, swiglu
 from unsloth_factory.kernels.attention import Attended, Documents
 from unsloth_factory.model.fast.arena import Arena
 from unsloth_factory.model.fast.linear import FusedLinear
+from unsloth_factory.model.fast.offload import Away
 from unsloth_factory.model.fast.spec import DecoderSpec
 
 
@@ -29,6 +30,8 @@ class Saving(Enum):
     """All but the widest: the gate-up product, half of the layer's arithmetic, runs once more."""
     RECOMPUTE = "recompute"
     """The layer's input alone; all products but the last run once more."""
+    OFFLOAD = "offload"
+    """The same, and the input waits in the CPU's memory. Not for CUDA graphs, whose passes copy nothing out."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,9 @@ class Saved:
     """The tensors a layer keeps; None where they are recomputed."""
 
     x: torch.Tensor
-    """[T, h] input"""
+    """[T, h] input; empty while it is away"""
+    away: Away | None = None
+    """Where the input is instead."""
     qkv: torch.Tensor | None = None
     attended: Attended | None = None
     middle: torch.Tensor | None = None
@@ -93,7 +98,7 @@ class Layer:
         normed = self.normed(middle, self.norms.mlp, self.gate_up)
         room = self.gate_up.output(len(x), arena if saving is Saving.KEEP else None)
         gate_up = self.gate_up.forward(normed, lora=lora, out=self.gate_up.y_of(room))
-        t = _copy(self.gate_up.t_of(normed)) if saving is not None else None
+        t = _copy(self.gate_up.t_of(normed)) if saving is Saving.KEEP else None  # or it is computed again
         del normed
         activated = self._activated(gate_up)
         out = arena.take(*x.shape) if arena is not None else None
@@ -162,6 +167,7 @@ class Layer:
         if saved.qkv is None:
             self._attention(saved.x, row, saved, lora=True, arena=None)
         dmiddle = self._mlp_backward(dy, saved)
+        saved.middle = None
         return self._attention_backward(dmiddle, saved, row, below)
 
     def _mlp_backward(self, dy: torch.Tensor, saved: Saved) -> torch.Tensor:
@@ -169,20 +175,20 @@ class Layer:
         assert saved.middle is not None
         assert saved.t is not None
         normed = self.normed(saved.middle, self.norms.mlp, self.gate_up)
-        gate_up = saved.gate_up
+        gate_up, t = saved.gate_up, saved.t["gate_up"]
         if gate_up is None:
             gate_up = self.gate_up.forward(normed, out=self.gate_up.y_of(self.gate_up.output(len(normed))))
-            saved.t["gate_up"] = self.gate_up.t_of(normed)
+            t = self.gate_up.t_of(normed)
         saved.gate_up = None
         dh = self.down.input_gradient(dy)
-        h = swiglu.swiglu_backward(dh, gate_up)
+        h = swiglu.swiglu_backward(dh, gate_up)  # in dh's memory
         del dh
         self.down.add_gradients(dy, h, saved.t["down"])
         del h
         dgate_up = _room(gate_up, self.gate_up)
         dnormed = self.gate_up.input_gradient(dgate_up)
-        self.gate_up.add_gradients(dgate_up, self.gate_up.x_of(normed), saved.t["gate_up"])
-        del gate_up, dgate_up, normed
+        self.gate_up.add_gradients(dgate_up, self.gate_up.x_of(normed), t)
+        del gate_up, dgate_up, normed, t
         dmiddle = self.out.output(len(dy))
         rms_norm.rms_norm_backward(
             dnormed, saved.middle, self.norms.mlp, self.spec.eps,

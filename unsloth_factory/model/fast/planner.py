@@ -6,6 +6,7 @@ import torch
 
 from unsloth_factory.model.fast.layer import Saving
 from unsloth_factory.model.fast.spec import DecoderSpec
+from unsloth_factory.model.host_memory import free_memory
 
 RESERVE = 900 * 2**20
 """Bytes left free: 500 MB for logits, hidden states and their gradients outside the layers, the rest for gaps."""
@@ -19,6 +20,12 @@ ROUNDING = 2**17
 """Bytes that some hundred tensors of an arena may lose to alignment."""
 MOST_TOKENS = 8192
 """Of a micro-batch that is put together here: larger ones are no faster."""
+LOGITS = 256 * 2**20
+"""Bytes of a chunk of logits."""
+GAPS = 300 * 10**6
+"""Bytes of `RESERVE` that stay free even for a micro-batch that fits by the recomputation of every layer alone."""
+HOST_SHARE = 0.75
+"""Of the CPU's free memory that layer inputs may take. It is pinned: the system cannot move it out of the way."""
 
 
 class Planner:
@@ -34,6 +41,10 @@ class Planner:
         """Numbers a token and layer that LoRA adds to what is kept."""
         self.arena: int | None = None
         """Bytes for activations, once their place has been allocated."""
+        self.offloads_all = False
+        """No layer but the last keeps its input on the GPU."""
+        self.host_budget: int | None = None
+        """Bytes of the CPU's memory for layer inputs; measured when they are first needed."""
 
     @property
     def recomputes_all(self) -> bool:
@@ -43,6 +54,10 @@ class Planner:
     def recompute_all(self) -> None:
         """From now on recompute every layer."""
         self.forced = Saving.RECOMPUTE
+
+    def offload_all(self) -> None:
+        """From now on recompute every layer, from an input in the CPU's memory as far as that has room."""
+        self.forced, self.offloads_all = Saving.RECOMPUTE, True
 
     def tighten(self) -> None:
         """After memory ran out: plan with a tenth less."""
@@ -65,23 +80,62 @@ class Planner:
 
     def room(self, tokens: int) -> int:
         """Bytes for the activations of a micro-batch."""
+        if away := self.offloaded(tokens):
+            return launched(self.spec, tokens, 2, away, self.extra)
         if self.forced is not None:
             plan = self.plan(tokens)
             return ROUNDING + 2 * tokens * sum(saved_numbers(self.spec, saving, self.extra) for saving in plan)
         if self.arena is not None:
             return self.arena
-        if self.budget is None:
-            self.budget = available(self.device) - RESERVE
         least, most = (
             ROUNDING + 2 * count * self.spec.layers * saved_numbers(self.spec, saving, self.extra)
             for saving, count in ((Saving.RECOMPUTE, tokens), (Saving.KEEP, max(tokens, MOST_TOKENS)))
         )
-        return max(min(self.budget - workspace(self.spec, tokens, 2), most), least)
+        return max(min(self._memory() - workspace(self.spec, tokens, 2), most), least)
+
+    def _memory(self) -> int:
+        if self.budget is None:
+            # Holes in what torch holds are of no use to the arena or a graph: float16 weights of a bfloat16 checkpoint,
+            # which leave more of them behind, did not fit at the first try.
+            torch.cuda.empty_cache()
+            self.budget = available(self.device, holes=False) - RESERVE
+        return self.budget
+
+    def offloaded(self, tokens: int) -> int:
+        """Layers, from the first on, whose inputs wait in the CPU's memory: as many as there is no other room for.
+
+        0 where the CPU has no room for them either: the plan is then what it would be without it.
+        """
+        if self.forced not in (None, Saving.RECOMPUTE):
+            return 0
+        tokens, away = -(-tokens // STEP) * STEP, 0
+        if self.offloads_all:
+            away = self.spec.layers - 1
+        elif self.device.type == "cuda":
+            away = self._too_many(tokens)
+        if not away:
+            return 0
+        if self.host_budget is None:
+            self.host_budget = int(HOST_SHARE * free_memory())
+        return away if 2 * tokens * self.spec.hidden * away <= self.host_budget else 0
+
+    def _too_many(self, tokens: int) -> int:
+        """The fewest layers without whose inputs a micro-batch fits, or all but the last."""
+        spec, left = self.spec, self._memory() - workspace(self.spec, tokens, 2)
+        # every input, and in the reserve logits and what goes into the graphs and comes out (half of it is workspace)
+        recomputed = ROUNDING + 2 * tokens * spec.hidden * (spec.layers + 2) + LOGITS
+        if recomputed <= left + RESERVE - GAPS:
+            return 0
+        fitting = (away for away in range(1, spec.layers) if launched(spec, tokens, 2, away, self.extra) <= left)
+        return next(fitting, spec.layers - 1)
 
     def plan(self, tokens: int) -> list[Saving]:
         """One choice a layer, the first layer first."""
         if isinstance(self.forced, list):
             return self.forced
+        if away := self.offloaded(tokens):
+            again = [Saving.RECOMPUTE] * (self.spec.layers - 1 - away)
+            return [Saving.OFFLOAD] * away + again + [self.forced or Saving.KEEP]
         if self.forced is not None:
             return [self.forced] * self.spec.layers
         if self.device.type != "cuda":
@@ -100,11 +154,13 @@ def divide(spec: DecoderSpec, tokens: int, budget: int, size: int, extra: int = 
         extra: Numbers a token of LoRA in each layer.
 
     Returns:
-        One choice a layer. The last layer always keeps all: its activations are used up before any other layer's.
+        One choice a layer. The last layer keeps all if one does: its activations are used up before any other's.
     """
     costs = {saving: saved_numbers(spec, saving, extra) * tokens * size for saving in Saving}
     choices = [Saving.RECOMPUTE] * (spec.layers - 1) + [Saving.KEEP]
     left = budget - costs[Saving.RECOMPUTE] * (spec.layers - 1) - costs[Saving.KEEP]
+    if left < 0:
+        return [Saving.RECOMPUTE] * spec.layers
     # A byte of attention-side activations saves less recomputation than one of gate-up (per Qwen3-8B layer and token:
     # 184 MFLOP for 29 KB against 201 for 49 KB), so all layers first climb to DROP_GATE_UP, then to KEEP.
     for lower, higher in ((Saving.RECOMPUTE, Saving.DROP_GATE_UP), (Saving.DROP_GATE_UP, Saving.KEEP)):
@@ -117,9 +173,10 @@ def divide(spec: DecoderSpec, tokens: int, budget: int, size: int, extra: int = 
 
 
 def saved_numbers(spec: DecoderSpec, saving: Saving, extra: int = 0) -> int:
-    """Numbers a token that a layer keeps; `extra` are those of LoRA where the layer keeps any of its insides."""
+    """Numbers a token that a layer keeps on the GPU; `extra` are those of LoRA where it keeps any of its insides."""
     attention = spec.heads.width + spec.heads.queries * spec.heads.size + spec.hidden + 2 * spec.heads.queries
     numbers = {
+        Saving.OFFLOAD: 0,
         Saving.RECOMPUTE: spec.hidden,
         Saving.DROP_GATE_UP: spec.hidden + attention + extra,
         Saving.KEEP: spec.hidden + attention + extra + 2 * spec.intermediate,
@@ -128,14 +185,34 @@ def saved_numbers(spec: DecoderSpec, saving: Saving, extra: int = 0) -> int:
 
 
 def workspace(spec: DecoderSpec, tokens: int, size: int) -> int:
-    """Bytes that one layer's backward pass needs at its peak beside what is saved.
+    """Bytes that one layer's backward pass needs at its peak beside its input.
 
-    That is in the MLP of a recomputed layer: its own activations once more, the gradient of SwiGLU's output and that
-    output, four rows of hidden size, and one 16-bit weight.
+    That is in the MLP or, where heads are many for the hidden size, in the attention of a recomputed layer; with it one
+    16-bit weight, the gradient at the stack's output and the input of the layer below, on its way here.
     """
+    queries, keys = spec.heads.queries * spec.heads.size, spec.heads.keys * spec.heads.size
+    # what attention has made, its normed output, gate and up, their output's gradient, and the gradient from above
+    mlp = spec.heads.width + queries + 2 * spec.heads.queries + 3 * spec.hidden + 3 * spec.intermediate
+    # q, k, v and attention's output as they are kept and as the kernel wants them; two gradients of hidden size, those
+    # of attention's output and of q, k, v; within the kernel that of q in float32, of k and v for every query head
+    attention = 2 * spec.heads.width + 3 * queries + (queries + keys) + 2 * spec.hidden + 4 * queries
     weight = 2 * spec.intermediate * spec.hidden * size
-    again = saved_numbers(spec, Saving.KEEP) - saved_numbers(spec, Saving.RECOMPUTE)
-    return weight + tokens * size * (again + 2 * spec.intermediate + 4 * spec.hidden)
+    return weight + tokens * size * (max(mlp, attention) + 2 * spec.hidden)
+
+
+def launched(spec: DecoderSpec, tokens: int, size: int, away: int, extra: int = 0) -> int:
+    """Bytes beside `workspace` that a micro-batch needs without graphs, nothing kept but inputs.
+
+    The last layer may keep all: that is what `workspace` has for each layer, and they take it one after the other.
+
+    Args:
+        spec: Shapes.
+        tokens: Of the micro-batch.
+        size: Bytes of a number.
+        away: Layers whose input is elsewhere.
+        extra: Numbers a token of LoRA in each layer that keeps all: about an eighth of them stay in every layer.
+    """
+    return ROUNDING + tokens * size * ((spec.layers - away) * spec.hidden + spec.layers * (extra // 8))
 
 
 def is_small(device: torch.device) -> bool:
@@ -147,9 +224,13 @@ def _cap(device: torch.device, total: int) -> int:
     return int(total * torch.cuda.get_per_process_memory_fraction(device))
 
 
-def available(device: torch.device) -> int:
-    """Bytes that new tensors of this process may take, the cap of `set_per_process_memory_fraction` included."""
+def available(device: torch.device, holes: bool = True) -> int:
+    """Bytes that new tensors of this process may take, the cap of `set_per_process_memory_fraction` included.
+
+    Args:
+        device: A GPU.
+        holes: Count what torch holds and no tensor lies in, which only tensors that fit into the gaps can have.
+    """
     free, total = torch.cuda.mem_get_info(device)
-    cap = _cap(device, total)
     reserved, allocated = torch.cuda.memory_reserved(device), torch.cuda.memory_allocated(device)
-    return min(free, cap - reserved) + reserved - allocated
+    return min(free, _cap(device, total) - reserved) + (reserved - allocated if holes else 0)

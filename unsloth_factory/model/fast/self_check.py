@@ -30,7 +30,7 @@ def problem(decoder: Any) -> str | None:
     Args:
         decoder: A `FastDecoder` on a GPU whose adapter is bound; its gradients and its plans are left as they were.
     """
-    kept, forced = decoder.adapter.snapshot(), decoder.planner.forced
+    kept, forced, budget = decoder.adapter.snapshot(), decoder.planner.forced, decoder.planner.budget
     decoder.planner.forced = Saving.RECOMPUTE  # the least memory: a card that can train can be checked
     try:
         with torch.no_grad():
@@ -43,7 +43,7 @@ def problem(decoder: Any) -> str | None:
         decoder.adapter.restore(kept)
         if decoder.graphs is not None:
             decoder.graphs.drop()
-        decoder.planner.forced = forced
+        decoder.planner.forced, decoder.planner.budget = forced, budget
         torch.cuda.empty_cache()
 
 

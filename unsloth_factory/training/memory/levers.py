@@ -21,7 +21,7 @@ class Levers:
     checkpointing: bool = False
     """Layers are computed again in the backward pass although --no_gradient_checkpointing was asked for."""
     offload: bool = False
-    """Activations wait in the CPU's memory."""
+    """Activations wait in the CPU's memory; with the fast engine: the inputs of all layers."""
 
     @classmethod
     def of(cls, values: dict[str, Any] | None) -> Levers:
@@ -45,6 +45,8 @@ class Levers:
             loaded.logit_bytes = min(loaded.logit_bytes, self.logit_bytes)
         if self.checkpointing:
             loaded.recompute_layers()
+        if self.offload:
+            loaded.offload_layers()
 
     def __str__(self) -> str:
         parts = []

@@ -12,9 +12,9 @@ from typing import Protocol
 import psutil
 import torch
 
+from unsloth_factory.model.host_memory import free_memory
 from unsloth_factory.model.loaded import LoadedModel
 
-CGROUP = Path("/sys/fs/cgroup")
 GIB = 2**30
 
 
@@ -103,7 +103,7 @@ class HostMeter:
         """The present figures."""
         held = self.process.memory_info()
         self.highest = max(self.highest, held.rss, _high_water())
-        free = min([psutil.virtual_memory().available, *cgroup_rooms(), *_address_rooms(self.process)])
+        free = min([free_memory(), *_address_rooms(self.process)])
         return Reading(used=held.rss, peak=self.highest, limit=held.rss + free)
 
     def reset_peak(self) -> None:
@@ -137,29 +137,3 @@ def _address_rooms(process: psutil.Process) -> list[int]:
         return []
     limit = process.rlimit(psutil.RLIMIT_AS)[0]
     return [] if limit == psutil.RLIM_INFINITY else [max(0, limit - process.memory_info().vms)]
-
-
-def cgroup_rooms(root: Path = CGROUP, membership: Path = Path("/proc/self/cgroup")) -> list[int]:
-    """Bytes that each control group above this process has left; files it has read and may drop count as free."""
-    rooms = []
-    for folder in _groups(root, membership):
-        try:
-            limit = int((folder / "memory.max").read_text(encoding="ascii"))  # "max" where there is none
-            current = int((folder / "memory.current").read_text(encoding="ascii"))
-            stat = (folder / "memory.stat").read_text(encoding="ascii")
-        except (OSError, ValueError):
-            continue
-        droppable = [int(line.split()[1]) for line in stat.splitlines() if line.startswith("inactive_file ")]
-        rooms.append(max(0, limit - current + sum(droppable)))
-    return rooms
-
-
-def _groups(root: Path, membership: Path) -> list[Path]:
-    """This process's control group (version 2) and those above it."""
-    try:
-        lines = membership.read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return []
-    own = next((line[3:].strip("/") for line in lines if line.startswith("0::")), "")
-    folder = root / own
-    return [folder, *(above for above in folder.parents if above == root or root in above.parents)] if own else [root]

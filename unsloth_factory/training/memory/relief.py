@@ -57,8 +57,7 @@ def _pull(session: Session, batch: Batch, samples: int) -> str | None:
     if not loaded.recomputes_layers:
         levers.checkpointing = True
         return "each layer computed again in the backward pass instead of kept (slower by about a third)"
-    # the fast engine keeps its activations where autograd's hooks do not see them
-    if session.meter.offloads and not levers.offload and loaded.engine != "fast":
+    if session.meter.offloads and not levers.offload:
         levers.offload = True
         return "activations kept in the CPU's memory (slower by the copies)"
     return _smaller_chunks(session, logits) if again and logits >= LEAST_LOGITS else None
