@@ -6,7 +6,7 @@
     python benchmarks/engine.py load    /tmp/qwen3-8b /tmp/runs --rival fast --cap 14.2    # time to first step, RAM
     python benchmarks/engine.py lengths /tmp/qwen3-8b /tmp/runs --rival fast --cap 14.2 --layers 36,9,18,27
     python benchmarks/engine.py plot  results.jsonl              # of `lengths` -> docs/engine-lengths.png, a table
-    python benchmarks/engine.py table results.jsonl              # -> benchmarks/results/engine.json, a table
+    python benchmarks/engine.py table results.jsonl              # also into benchmarks/results/engine.json
 
 A mix is log-normal (mean 900, median 700, clipped to 64..4,096 tokens; or mean 200, 16..1,024), half of each sample
 trained, 32 samples an optimizer step, LoRA r = 16 on all linear layers, AdamW 8 bit. `uf` runs the real command and
@@ -191,11 +191,13 @@ def _peer_speed(rival: Peer, lengths: list[int], rows: int) -> tuple[int, list[i
 
 
 def table(paths: list[Path]) -> None:
-    """Write benchmarks/results/engine.json and print the figures as a Markdown table."""
+    """Append to benchmarks/results/engine.json what is not in it yet, and print the figures as a Markdown table."""
     lines = [json.loads(line) for path in paths for line in path.read_text().splitlines()]
     target = ROOT / "benchmarks" / "results" / "engine.json"
     target.parent.mkdir(exist_ok=True)
-    target.write_text(json.dumps(lines, indent=1) + "\n")
+    known = json.loads(target.read_text()) if target.is_file() else []
+    known += [line for line in lines if line not in known]
+    target.write_text(json.dumps(known, indent=1) + "\n")
     print("| rival | setting | mix | cap, GiB | real tokens/s | peak, GiB |\n|---|---|---|---|---|---|")
     for line in lines:
         cells = [line.get(key, "-") for key in ("rival", "setting", "mix", "cap_gib", "tokens_per_second", "peak_gib")]
