@@ -158,6 +158,9 @@ def test_a_pass_that_fails_waits_for_its_copies(model: Any, monkeypatch: pytest.
     with pytest.raises(torch.OutOfMemoryError):
         both_passes(model, [AWAY] * 4 + [KEEP])
     assert joined == [True]
+    with pytest.raises(torch.OutOfMemoryError):
+        both_passes(model, [AGAIN] * 4 + [KEEP])
+    assert joined == []  # with no copies there is nothing to wait for, and in a graph it would be an error
 
 
 def test_a_backward_pass_that_comes_too_late(model: Any) -> None:

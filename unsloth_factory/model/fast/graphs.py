@@ -92,6 +92,10 @@ class Graphs:
         self.passes = 0
         """Forward passes so far: a backward pass belongs to the last one."""
 
+    def takes(self, row: Row) -> bool:
+        """Whether a micro-batch goes through graphs: not where inputs must leave the GPU, which no graph can hold."""
+        return Saving.OFFLOAD not in self.decoder.planner.plan(Bucket.of(row.documents.lengths).tokens)
+
     def run(self, x: torch.Tensor, row: Row) -> torch.Tensor:
         """Normed hidden states [T, h], differentiable; valid until the next micro-batch."""
         bucket = Bucket.of(row.documents.lengths)
