@@ -1,6 +1,6 @@
 """Layer inputs in the CPU's memory: the same bits, the order of the copies, and which layers the planner sends there.
 
-That order is all that a CPU can show of the streams of a GPU; test_fast_gpu.py has the rest.
+What that order is good for on a GPU is checked in test_fast_streams.py.
 """
 
 from __future__ import annotations
