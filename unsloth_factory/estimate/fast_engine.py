@@ -136,6 +136,11 @@ class FastEngine:
         """Bytes without which it does not go even with every layer recomputed from an input in the CPU's memory."""
         return self._estimate(max(_tokens(one) for one in packed), 1, least=True).reserved
 
+    def pinned(self, packed: Sequence[Packed]) -> int:
+        """Bytes of the CPU's memory that layer inputs take while these micro-batches are trained."""
+        planner, hidden = self.planner(), self.training.shape.hidden
+        return max(SIZE * hidden * tokens * planner.offloaded(tokens) for tokens in {_tokens(one) for one in packed})
+
     def _estimate(self, tokens: int, trained: int, least: bool = False) -> MemoryEstimate:
         from unsloth_factory.model.fast.planner import LOGITS, SCATTERED, workspace
 
