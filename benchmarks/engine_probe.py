@@ -1,6 +1,6 @@
 """Where the fast engine's time goes on this GPU: kernels alone, whole micro-batches, waits, and a profile.
 
-    python benchmarks/engine_probe.py [check] [pieces] [products] [whole] [sizes] [waits] [profile] [--layers 36] [--cap 14.5]
+    python benchmarks/engine_probe.py [check] [pieces] [products] [whole] [sizes] [waits] [profile] [--layers 36]
 
 Random weights of Qwen3-8B's shape, NF4, LoRA r = 16 on all linear layers. One line of JSON a figure. docs/engine-log.md
 keeps what came out.
@@ -64,12 +64,12 @@ class RandomWeights:
         with torch.device("meta"):
             self.shapes = {name: p.shape for name, p in Qwen3ForCausalLM(shapes).named_parameters()}
 
-    def get(self, name: str) -> torch.Tensor:
+    def get(self, name: str, device: torch.device | None = None) -> torch.Tensor:
         """Ones for a norm, small normal numbers for a matrix."""
         shape = self.shapes[name]
         if len(shape) == 1:
-            return torch.ones(shape, device=DEVICE, dtype=DTYPE)
-        return torch.randn(shape, device=DEVICE, dtype=DTYPE) * 0.02
+            return torch.ones(shape, device=device or DEVICE, dtype=DTYPE)
+        return torch.randn(shape, device=device or DEVICE, dtype=DTYPE) * 0.02
 
 
 def model(layers: int) -> Any:

@@ -64,5 +64,5 @@ def _kernels(result: Any) -> dict[str, Any]:
     return {
         "busy_s": round(busy / 1e9, 3), "span_s": round((end - spans[0][0]) / 1e9, 3), "kernels": len(spans),
         "gaps_s": round(sum(gaps) / 1e3, 3), "gaps": len(gaps), "longest_gaps_ms": sorted(gaps, reverse=True)[:30],
-        "by_name_ms": {name: round(ns / 1e6, 1) for name, ns in by_name.most_common(25)},
+        "by_name_ms": {name: round(ns / 1e6, 1) for name, ns in by_name.most_common(45)},
     }  # fmt: skip

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -167,3 +169,23 @@ def test_it_is_as_exact_as_flash_attention_2(dtype: torch.dtype) -> None:
     for mine, older, true in zip(*found, wanted, strict=True):
         mine_off, older_off = ((x.float() - true).norm() / true.norm() for x in (mine, older))
         assert mine_off <= 1.2 * older_off, (mine_off, older_off)
+
+
+def test_what_it_compiles_is_kept_in_the_users_own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    enabled, folder = (f"FLASH_ATTENTION_CUTE_DSL_CACHE_{name}" for name in ("ENABLED", "DIR"))
+    for name in (enabled, folder):
+        monkeypatch.setenv(name, "given")
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(hopper, "import_module", lambda name: name)
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setenv("HOME", str(tmp_path / "file"))
+    assert hopper._library() == "flash_attn.cute.interface"
+    assert enabled not in os.environ
+    monkeypatch.setenv("HOME", str(tmp_path))
+    hopper._library()
+    assert os.environ[enabled] == "1"
+    assert Path(os.environ[folder]).is_relative_to(tmp_path)
+    assert Path(os.environ[folder]).is_dir()
+    monkeypatch.setenv(enabled, "0")
+    hopper._library()
+    assert os.environ[enabled] == "0"

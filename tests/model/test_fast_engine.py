@@ -13,6 +13,7 @@ from unsloth_factory.kernels.attention import Documents
 from unsloth_factory.kernels.rotary import Heads
 from unsloth_factory.model.fast.arena import Arena
 from unsloth_factory.model.fast.embedding import HostEmbedding
+from unsloth_factory.model.fast.graphs import Bucket
 from unsloth_factory.model.fast.layer import Row, Saving
 from unsloth_factory.model.fast.load import FolderWeights, load_fast
 from unsloth_factory.model.fast.planner import divide, saved_numbers
@@ -238,3 +239,15 @@ def test_what_it_cannot_run_is_named():
     assert "model type gpt2" in str(why_not(AutoConfig.for_model("gpt2")))
     window = AutoConfig.for_model("mistral", **sizes, sliding_window=4096)
     assert "window of 4096 tokens" in str(why_not(window))
+
+
+def test_rows_that_share_a_graph() -> None:
+    """With attention that launches by tokens, rows of as many tokens do; else the longest document counts as well."""
+    assert Bucket.of((300, 200)) == Bucket(512, 4, 512)
+    assert Bucket.of((512,)) == Bucket(512, 2, 512)  # the second place is for padding
+    assert Bucket.of((900, 600)) == Bucket(1536, 4, 1024)
+    assert Bucket.of((1500,)) == Bucket(1536, 2, 1536)
+    rows = [(900, 600), (1500,), (300,) * 5, (20, 1500)]
+    assert len({Bucket.of(lengths) for lengths in rows}) == 4
+    assert {Bucket.of(lengths, by_tokens=True) for lengths in rows} == {Bucket(1536, 8, 1536)}
+    assert Bucket.of((100,) * 12, by_tokens=True) == Bucket(1280, 16, 1280)

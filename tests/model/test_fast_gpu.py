@@ -144,6 +144,34 @@ def test_auto_is_fast_where_the_kernels_are_sound(wide: Any, monkeypatch: pytest
     assert "of a layer is off by" in loaded.engine_reason
 
 
+def test_what_sizes_of_micro_batches_take(wide: Any) -> None:
+    loaded = load(wide("qwen3"), "fast", torch.bfloat16)
+    before = run(loaded)
+    costs = loaded.micro_batch_costs(4096)
+    assert len(costs) == 32
+    assert 0 < costs[0] < costs[-1] < 32 * 2 * costs[0]
+    assert torch.equal(run(loaded)[0], before[0])
+
+
+def test_recording_does_not_wait_for_what_runs(wide: Any) -> None:
+    """Graphs of new sizes are made while the GPU still computes; what it computes is not disturbed."""
+    loaded, sizes = load(wide("qwen3"), "fast", torch.bfloat16), ((300, 200), (900, 100), (64,), (1500,))
+    run(loaded, (2000,))  # the longest first, as in a training: what follows needs no more room
+    alone = [run(loaded, lengths) for lengths in sizes]
+    loaded.decoder.graphs.drop()
+    run(loaded, (2000,))
+    torch.cuda.synchronize()
+    ids, busy = torch.arange(5, 205)[None], torch.cuda.Event()
+    torch.cuda._sleep(2_000_000_000)  # a second
+    busy.record()
+    loaded.hidden_states(ids, torch.arange(200)[None], None)
+    assert not busy.query()
+    for lengths, (hidden, gradients) in zip(sizes, alone, strict=True):
+        again = run(loaded, lengths)
+        assert torch.equal(again[0], hidden)
+        assert error(flat(again[1]), flat(gradients)) < 5e-3
+
+
 def test_memory_that_runs_out_drops_the_graphs(wide: Any) -> None:
     loaded = load(wide("qwen3"), "fast", torch.bfloat16)
     before = run(loaded)

@@ -18,8 +18,10 @@ from training_jobs import load, make_job, pairs, said, samples
 from unsloth_factory.config.errors import UserError
 from unsloth_factory.config.settings import ModelSettings, RunSettings, TuningSettings
 from unsloth_factory.data.batching import pack
+from unsloth_factory.model.fast import pace
 from unsloth_factory.model.fast.layer import Saving
 from unsloth_factory.model.fast.offload import BLOCK
+from unsloth_factory.model.fast.planner import STEP
 from unsloth_factory.model.load import load_model
 from unsloth_factory.run.folder import RunFolder
 from unsloth_factory.training import step
@@ -144,6 +146,24 @@ def test_samples_of_a_step_put_together() -> None:
     tokens = sum(sum(row_lengths(row)) for row in rows)
     assert len(groups) <= 1.25 * tokens / budget + 1
     assert merged(rows, row_lengths, 1) == [[row] for row in rows]
+
+
+def test_the_quickest_sizes_of_micro_batches_are_taken() -> None:
+    lengths = [(tokens,) for tokens in (250, 130, 120, 100, 90, 30, 20)]
+
+    def groups(*costs: float) -> list[list[int]]:
+        found = merged(lengths, lambda one: one, 4 * STEP, partial(pace.cost, costs))
+        assert sorted(one for group in found for one in group) == sorted(lengths)
+        return [sorted((one[0] for one in group), reverse=True) for group in found]
+
+    fewest = [[250, 130, 120], [100, 90, 30, 20]]
+    assert groups(1, 2, 3, 4) == fewest
+    assert groups(1, 2, 3, 3.5) == fewest
+    dear = groups(1, 2, 3, 9)  # a wave of tiles more for the last 128 tokens
+    assert dear == [[250, 130], [120, 100, 90, 30, 20]]
+    assert pace.cost([1.0, 2.0], STEP) == 1.0
+    assert pace.cost([1.0, 2.0], STEP + 1) == 2.0
+    assert pace.cost([1.0, 2.0], 2 * STEP + 1) == 0.0
 
 
 def test_half_of_the_tokens_always_cuts() -> None:

@@ -164,10 +164,9 @@ class FastEngine:
         )
 
     @cached_property
-    def _attention(self) -> tuple[float, float]:
-        """`HOPPER_ATTENTION` where this installation has it for the card."""
-        hopper = self.gpu.capability[0] == 9 and is_installed(FLASH_ATTENTION_4)
-        return HOPPER_ATTENTION if hopper else ATTENTION
+    def _hopper(self) -> bool:
+        """This installation has FlashAttention-4 for the card."""
+        return self.gpu.capability[0] == 9 and is_installed(FLASH_ATTENTION_4)
 
     def seconds(self, steps: Sequence[Sequence[Packed]]) -> float:
         """Of all steps: micro-batches, updates, and the graphs of sizes that are new."""
@@ -178,7 +177,7 @@ class FastEngine:
         captured = [one for one in packed if not planner.offloaded(_tokens(one))]
         if captured and planner.forced is None:
             planner.arena = planner.room(max(_tokens(one) for one in captured))
-        buckets = {Bucket.of(one.lengths) for one in captured}
+        buckets = {Bucket.of(one.lengths, self._hopper) for one in captured}
         known: dict[int, dict[Any, int]] = {}
         for tokens in {_tokens(one) for one in packed}:
             plan = planner.plan(tokens)
@@ -212,7 +211,7 @@ class FastEngine:
         products -= 2 * tokens * self.ranks[0][0] * self.ranks[0][1]  # no gradient below the first layer
         products += 4.0 * packed.trained * shape.hidden * shape.vocabulary
         moved += 4.0 * SIZE * packed.trained * shape.vocabulary / ELEMENTWISE
-        a, b = self._attention
+        a, b = HOPPER_ATTENTION if self._hopper else ATTENTION
         squares = sum(length * (a * length + b) for length in packed.lengths)
         attention = 2.0 * attended * shape.query_width * squares
         return (products / PRODUCTS + attention) / self.gpu.products + moved / self.gpu.bandwidth

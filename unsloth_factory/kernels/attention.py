@@ -66,6 +66,14 @@ def prepare(heads: tuple[int, int], size: int, dtype: torch.dtype, device: torch
         hopper.works(device, dtype, heads, size)
 
 
+def launches_by_tokens(heads: tuple[int, int], size: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether a launch depends on how many tokens and documents there are alone, not on how long the documents are.
+
+    FlashAttention-4 does: one tile more a document at most. The others launch every document as long as the longest.
+    """
+    return backend(device) == "flash" and hopper.works(device, dtype, heads, size)
+
+
 def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents: Documents) -> Attended:
     """softmax(q k^T / sqrt(D)) v over the earlier tokens of the same document."""
     return _FORWARD[backend(q.device)](q, k, v, documents)

@@ -10,8 +10,10 @@ Shapes: T tokens; q, out [T, Hq, D]; k, v [T, Hk, D]; lse float32 [Hq, T].
 
 from __future__ import annotations
 
+import os
 from functools import lru_cache
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -72,7 +74,23 @@ def backward(
 
 
 def _library() -> Any:
+    _keep_compiled()
     return import_module("flash_attn.cute.interface")
+
+
+def _keep_compiled() -> None:
+    """Before it is imported: let it keep what it compiles, 6 s at each start otherwise.
+
+    In the user's own folder: its default is one of /tmp, where others could lay down what would then be run. Whoever
+    has set its variables keeps them; without a folder to write in nothing is kept.
+    """
+    try:
+        folder = Path.home() / ".cache" / "unsloth_factory" / "flash_attention"
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except (OSError, RuntimeError):
+        return
+    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
+    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", str(folder))
 
 
 @lru_cache

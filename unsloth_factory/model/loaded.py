@@ -12,6 +12,7 @@ import torch
 
 from unsloth_factory.config.errors import UserError
 from unsloth_factory.kernels.transfer import to_device
+from unsloth_factory.model.fast import pace
 from unsloth_factory.model.fingerprint import AdapterInfo
 from unsloth_factory.model.store import save_adapter, save_full
 
@@ -187,6 +188,12 @@ class LoadedModel:
     def token_budget(self) -> int | None:
         """Tokens of a micro-batch for which the fast engine recomputes nothing; None: as --batch_size says."""
         return self.decoder.planner.comfortable if self.engine == "fast" else None
+
+    def micro_batch_costs(self, most: int) -> list[float]:
+        """What micro-batches of up to `most` tokens take on this GPU (`fast.pace`); nothing from other engines."""
+        if self.engine != "fast" or self.device.type != "cuda":
+            return []
+        return pace.measure(self.decoder.stack[0], most)
 
     def save_adapter(self, folder: Path, extra: dict[str, Any] | None = None) -> Path:
         """Write adapter_model.safetensors, adapter_config.json and unsloth_factory.json (with `extra` in it).

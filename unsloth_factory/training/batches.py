@@ -3,24 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 from unsloth_factory.data.batching import Batch
+from unsloth_factory.model.fast import pace
 from unsloth_factory.training.memory.cuts import cut, merged, row_lengths
 from unsloth_factory.training.methods import Method
 from unsloth_factory.training.session import Session
 from unsloth_factory.training.watch import forgetting
 
 
-def planned(session: Session, step: int) -> list[Sequence[Any]]:
-    """This process's micro-batches of one step, before memory cuts them smaller."""
+def planned(session: Session, step: int, roughly: bool = False) -> list[Sequence[Any]]:
+    """This process's micro-batches of one step, before memory cuts them smaller.
+
+    Args:
+        session: Of the run.
+        step: Index from 0.
+        roughly: As few as fit; which of them are quickest (1 ms a step) is not asked.
+    """
     accelerator, items, size = session.accelerator, session.job.train_items, session.job.loop.batch_size
     groups: list[list[Any]] = [[items[i] for i in indices] for indices in session.plan.step(step)]
     groups += [rows for rows in (forgetting.replayed(session, step),) if rows]
     mine = groups[accelerator.process_index :: accelerator.num_processes]
     budget = session.state.merged_tokens
     if budget is not None and session.packing:
-        return merged([item for group in mine for item in group], row_lengths, budget)
+        costs = [] if roughly else session.state.micro_batch_costs
+        known = partial(pace.cost, costs) if costs else None
+        return merged([item for group in mine for item in group], row_lengths, budget, known)
     return [group[start : start + size] for group in mine for start in range(0, len(group), size)]
 
 

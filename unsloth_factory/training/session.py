@@ -70,6 +70,8 @@ class LoopState:
     recent_norms: list[float] = field(default_factory=list)
     merged_tokens: int | None = None
     """Samples of a step are put together into micro-batches of about so many tokens; None: as --batch_size says."""
+    micro_batch_costs: list[float] = field(default_factory=list)
+    """What they take by their tokens, as `model.fast.pace` measures it; kept, so that a resumed run packs alike."""
     spikes: int = 0
     spike_streak: int = 0
     """Steps in a row that were skipped because of a spike."""

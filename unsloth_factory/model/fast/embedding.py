@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from unsloth_factory.kernels.transfer import to_device
-
 
 class HostEmbedding(nn.Module):
     """A frozen embedding whose table stays on the CPU.
@@ -23,8 +21,12 @@ class HostEmbedding(nn.Module):
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """Rows [..., h] on the device, of ids on either."""
-        rows = nn.functional.embedding(ids.to("cpu"), self.weight)
-        return to_device(rows, self.device)
+        # Straight into pinned memory: pinning a copy of 2,560 rows of 8 KB took 10 ms more, which the GPU waits for at
+        # the beginning of each step.
+        pins, width = self.device.type == "cuda", self.weight.shape[1]
+        rows = torch.empty(*ids.shape, width, dtype=self.weight.dtype, pin_memory=pins)
+        torch.index_select(self.weight, 0, ids.to("cpu").flatten(), out=rows.view(-1, width))
+        return rows.to(self.device, non_blocking=True)
 
     def _apply(self, fn: object, recurse: bool = True) -> HostEmbedding:
         """Stay where it is when the model is moved."""

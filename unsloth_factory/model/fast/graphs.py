@@ -7,19 +7,24 @@ the caller computes the loss. All graphs share one pool of memory: only one micr
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from unsloth_factory.kernels.attention import Documents, prepare
+from unsloth_factory.kernels.attention import Documents, launches_by_tokens, prepare
 from unsloth_factory.kernels.launch import power_of_two
+from unsloth_factory.kernels.transfer import to_device
 from unsloth_factory.model.fast.arena import Arena
 from unsloth_factory.model.fast.layer import Row, Saving
 from unsloth_factory.model.fast.planner import STEP, available, workspace
 
 LEAST_LONGEST = 512
 """Tokens of the longest document that attention is launched for, at least."""
+LEAST_PLACES = 8
+"""Places for documents at least, where attention's launch does not depend on how long they are."""
 
 
 @dataclass(frozen=True)
@@ -34,11 +39,18 @@ class Bucket:
     but 2,048 tokens in 8 places where 1,024 in 2 would do cost 3 ms of 130."""
 
     @classmethod
-    def of(cls, lengths: tuple[int, ...]) -> Bucket:
-        """The bucket of a packed row; there is always room for one document of padding."""
-        tokens = -(-sum(lengths) // STEP) * STEP
-        longest = min(tokens, power_of_two(max(LEAST_LONGEST, *lengths)))
-        return cls(tokens, power_of_two(len(lengths) + 1), longest)
+    def of(cls, lengths: tuple[int, ...], by_tokens: bool = False) -> Bucket:
+        """The bucket of a packed row; there is always room for one document of padding.
+
+        Args:
+            lengths: Tokens of the documents.
+            by_tokens: Attention launches as many blocks as there are tokens, however long the documents are
+                (`attention.launches_by_tokens`): so rows of as many tokens share a graph.
+        """
+        tokens, places = -(-sum(lengths) // STEP) * STEP, power_of_two(len(lengths) + 1)
+        if by_tokens:
+            return cls(tokens, max(LEAST_PLACES, places), max(LEAST_LONGEST, tokens))
+        return cls(tokens, places, min(tokens, power_of_two(max(LEAST_LONGEST, *lengths))))
 
 
 class _Places:
@@ -60,8 +72,8 @@ class _Graph:
         self.x, self.gradient, self.hidden = (
             place[: bucket.tokens] for place in (places.x, places.gradient, places.hidden)
         )
-        borders = torch.full((bucket.documents + 1,), bucket.tokens, dtype=torch.int32, device=self.x.device)
-        borders[0] = 0
+        # not filled on the GPU: a single number that is written there first waits for all that runs
+        borders = to_device(torch.tensor([0] + [bucket.tokens] * bucket.documents, dtype=torch.int32), self.x.device)
         lengths = (bucket.longest,) + (0,) * (bucket.documents - 1)  # of these only the longest is read
         cos, sin = places.angles[:, : bucket.tokens]
         self.row = Row(cos, sin, Documents(lengths, borders), places.arena)
@@ -88,7 +100,9 @@ class Graphs:
         self._places: _Places | None = None
         self._pool: Any = None
         self._pooled = 0
-        self._warm = False
+        self._stream: torch.cuda.Stream | None = None
+        """Of captures and the passes that warm up for them."""
+        self._by_tokens = False
         self.passes = 0
         """Forward passes so far: a backward pass belongs to the last one."""
 
@@ -98,7 +112,9 @@ class Graphs:
 
     def run(self, x: torch.Tensor, row: Row) -> torch.Tensor:
         """Normed hidden states [T, h], differentiable; valid until the next micro-batch."""
-        bucket = Bucket.of(row.documents.lengths)
+        if self._stream is None:
+            self._stream = self._warm_up(x)
+        bucket = Bucket.of(row.documents.lengths, self._by_tokens)
         graph = self._graphs.get(bucket) or self._capture(bucket, x)
         self.passes += 1
         anchor = torch.zeros((), device=x.device, requires_grad=True)
@@ -125,35 +141,59 @@ class Graphs:
 
     def _capture(self, bucket: Bucket, x: torch.Tensor) -> _Graph:
         decoder = self.decoder
-        if not self._warm:
-            self._warm_up(x)
         if self._places is None or self._places.tokens < bucket.tokens:
             self.drop()
             torch.cuda.empty_cache()
             decoder.planner.arena = decoder.planner.room(bucket.tokens)
             self._places = _Places(decoder, bucket.tokens, x.dtype, x.device)
-        plan = decoder.planner.plan(bucket.tokens)
-        graph = _Graph(bucket, self._places)
-        torch.cuda.empty_cache()
-        before = torch.cuda.memory_reserved(x.device)
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
-        with torch.no_grad():
-            with torch.cuda.graph(graph.forward_graph, pool=self._pool):
-                last, saved = decoder.forward_stack(graph.x, graph.row, plan)
-                decoder.final_norm(last, out=graph.hidden)
-            with torch.cuda.graph(graph.backward_graph, pool=self._pool):
-                decoder.backward_stack(graph.gradient, last, saved, graph.row)
-        del last, saved
+        before = torch.cuda.memory_reserved(x.device)
+        graph = None
+        with suppress(torch.OutOfMemoryError):
+            graph = self._record(bucket, self._places)
+        if graph is None:  # once more, with what torch holds for other uses
+            self._pool = self._pool if self._graphs else torch.cuda.graph_pool_handle()
+            torch.cuda.empty_cache()
+            before = torch.cuda.memory_reserved(x.device)
+            graph = self._record(bucket, self._places)
         self._pooled += torch.cuda.memory_reserved(x.device) - before
         self._graphs[bucket] = graph
         return graph
 
-    def _warm_up(self, x: torch.Tensor) -> None:
-        """Small passes of each kind: kernels are compiled, libraries set up what they need."""
+    @torch.no_grad()
+    def _record(self, bucket: Bucket, places: _Places) -> _Graph:
+        decoder, graph = self.decoder, _Graph(bucket, places)
+        plan = decoder.planner.plan(bucket.tokens)
+        with self._recording(graph.forward_graph):
+            last, saved = decoder.forward_stack(graph.x, graph.row, plan)
+            decoder.final_norm(last, out=graph.hidden)
+        with self._recording(graph.backward_graph):
+            decoder.backward_stack(graph.gradient, last, saved, graph.row)
+        return graph
+
+    @contextmanager
+    def _recording(self, graph: torch.cuda.CUDAGraph) -> Iterator[None]:
+        """What is launched inside goes into the graph.
+
+        `torch.cuda.graph` first waits for the GPU and gives back all cached memory, pinned memory too; this does
+        neither, so that the GPU computes earlier micro-batches meanwhile. Nothing that runs is touched: recording
+        launches nothing.
+        """
+        with torch.cuda.stream(self._stream):
+            graph.capture_begin(self._pool, capture_error_mode="thread_local")
+            try:
+                yield
+            finally:
+                graph.capture_end()
+
+    def _warm_up(self, x: torch.Tensor) -> torch.cuda.Stream:
+        """Small passes of each kind: kernels are compiled, libraries set up what they need on the stream returned."""
         decoder, kept = self.decoder, self.decoder.adapter.snapshot()
         heads = decoder.spec.heads
-        prepare((heads.queries, heads.keys), heads.size, x.dtype, x.device)
+        kinds = ((heads.queries, heads.keys), heads.size, x.dtype, x.device)
+        prepare(*kinds)
+        self._by_tokens = launches_by_tokens(*kinds)
         rows = torch.zeros(STEP, x.shape[1], dtype=x.dtype, device=x.device)
         angles = torch.zeros(STEP, decoder.spec.heads.size // 2, dtype=torch.float32, device=x.device)
         row = Row(angles, angles, Documents.of([STEP], x.device))
@@ -166,7 +206,7 @@ class Graphs:
                 decoder.backward_stack(rows, last, saved, row)
         torch.cuda.current_stream().wait_stream(stream)
         decoder.adapter.restore(kept)
-        self._warm = True
+        return stream
 
 
 class _Replay(torch.autograd.Function):

@@ -41,8 +41,8 @@ class FolderWeights:
         self._shards = {entry.name: shard for shard, entry in tensor_entries(folder)}
         self._open: dict[Path, Any] = {}
 
-    def get(self, name: str) -> torch.Tensor:
-        """A tensor in the computation dtype, on the device."""
+    def get(self, name: str, device: torch.device | None = None) -> torch.Tensor:
+        """A tensor in the computation dtype, on the device or another one."""
         from safetensors import safe_open
 
         if name not in self._shards:
@@ -50,7 +50,7 @@ class FolderWeights:
         shard = self._shards[name]
         if shard not in self._open:
             self._open[shard] = safe_open(shard, framework="pt", device="cpu")
-        return self._open[shard].get_tensor(name).to(device=self.device).to(self.dtype)
+        return self._open[shard].get_tensor(name).to(device=device or self.device).to(self.dtype)
 
 
 def load_fast(
@@ -79,10 +79,11 @@ def load_fast(
     with torch.device("meta"):
         model = auto.from_config(config, dtype=weights.dtype)
     inner = model.model
-    embedding = weights.get("model.embed_tokens.weight")
+    on_host = host_embedding and not spec.tied
+    embedding = weights.get("model.embed_tokens.weight", torch.device("cpu") if on_host else None)
     _set(inner.embed_tokens, embedding)
-    if host_embedding and not spec.tied:
-        inner.embed_tokens = HostEmbedding(embedding.cpu(), weights.device)
+    if on_host:  # a copy: safetensors may give the mapped file itself, whose pages the system drops and reads again
+        inner.embed_tokens = HostEmbedding(embedding.clone(), weights.device)
     del embedding
     _set(inner.norm, weights.get("model.norm.weight"))
     layers = [

@@ -99,7 +99,10 @@ class Planner:
 
     def _memory(self) -> int:
         if self.budget is None:
-            self.budget = available(self.device) - RESERVE
+            # Holes in what torch holds are of no use to the arena or a graph: float16 weights of a bfloat16 checkpoint,
+            # which leave more of them behind, did not fit at the first try.
+            torch.cuda.empty_cache()
+            self.budget = available(self.device, holes=False) - RESERVE
         return self.budget
 
     def offloaded(self, tokens: int) -> int:
@@ -226,9 +229,13 @@ def _cap(device: torch.device, total: int) -> int:
     return int(total * torch.cuda.get_per_process_memory_fraction(device))
 
 
-def available(device: torch.device) -> int:
-    """Bytes that new tensors of this process may take, the cap of `set_per_process_memory_fraction` included."""
+def available(device: torch.device, holes: bool = True) -> int:
+    """Bytes that new tensors of this process may take, the cap of `set_per_process_memory_fraction` included.
+
+    Args:
+        device: A GPU.
+        holes: Count what torch holds and no tensor lies in, which only tensors that fit into the gaps can have.
+    """
     free, total = torch.cuda.mem_get_info(device)
-    cap = _cap(device, total)
     reserved, allocated = torch.cuda.memory_reserved(device), torch.cuda.memory_allocated(device)
-    return min(free, cap - reserved) + reserved - allocated
+    return min(free, _cap(device, total) - reserved) + (reserved - allocated if holes else 0)

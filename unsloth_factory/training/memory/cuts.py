@@ -6,8 +6,11 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from unsloth_factory.data.types import TokenPair, TokenSample
+from unsloth_factory.model.fast.planner import STEP
 
 T = TypeVar("T")
+CLEARLY = 0.01
+"""Share of the time that other sizes of micro-batches must save: less is within what is measured."""
 Lengths = tuple[int, ...]
 """Tokens of each row that a sample becomes: one, or two for a preference pair."""
 
@@ -25,26 +28,46 @@ def memory_tokens(lengths: Sequence[Lengths], packing: bool) -> int:
     return sum(map(len, lengths)) * max(map(max, lengths))
 
 
-def merged(samples: Sequence[T], lengths_of: Callable[[T], Lengths], budget: int) -> list[Sequence[T]]:
-    """The samples of a step in as few packed micro-batches as fit: longest first into the first that has room.
+def merged(
+    samples: Sequence[T], lengths_of: Callable[[T], Lengths], budget: int, cost: Callable[[int], float] | None = None
+) -> list[Sequence[T]]:
+    """The samples of a step in packed micro-batches: longest first into the first that has room.
 
     Args:
         samples: Of one optimizer step.
         lengths_of: Tokens of the rows of a sample.
         budget: Most tokens of a micro-batch; one sample alone may have more.
+        cost: What a micro-batch of so many tokens takes. None: as few as fit. Otherwise smaller ones are tried too, and
+            those whose costs add up to the least are taken.
 
     Returns:
         Micro-batches in the order of their first samples; samples keep their order.
     """
     tokens = [sum(lengths_of(sample)) for sample in samples]
-    bins: list[list[int]] = []
-    for index in sorted(range(len(samples)), key=lambda index: -tokens[index]):
-        place = next((b for b in bins if sum(tokens[i] for i in b) + tokens[index] <= budget), None)
-        if place is None:
-            bins.append([index])
+    order = sorted(range(len(samples)), key=lambda index: -tokens[index])
+    best = _fitted(tokens, order, budget)
+    if cost is not None:
+        least = (1 - CLEARLY) * sum(cost(total) for total, _ in best)
+        for size in range(budget - STEP, budget // 2 - 1, -STEP):
+            other = _fitted(tokens, order, size)
+            whole = sum(cost(total) for total, _ in other)
+            if whole < least:
+                best, least = other, whole
+    return [[samples[index] for index in one] for one in sorted(sorted(one) for _, one in best)]
+
+
+def _fitted(tokens: Sequence[int], order: Sequence[int], budget: int) -> list[tuple[int, list[int]]]:
+    """(tokens, samples) of micro-batches of at most `budget` tokens."""
+    bins: list[tuple[int, list[int]]] = []
+    for index in order:
+        for place, (total, members) in enumerate(bins):
+            if total + tokens[index] <= budget:
+                members.append(index)
+                bins[place] = (total + tokens[index], members)
+                break
         else:
-            place.append(index)
-    return [[samples[index] for index in one] for one in sorted(sorted(one) for one in bins)]
+            bins.append((tokens[index], [index]))
+    return bins
 
 
 def cut(

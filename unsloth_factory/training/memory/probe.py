@@ -41,6 +41,7 @@ def probe(session: Session) -> None:
         raise relief.nothing_for_the_update(session, outcome.message)
     session.state.levers.apply(session.job.loaded)
     session.state.merged_tokens = session.state.merged_tokens or session.job.loaded.token_budget
+    session.state.micro_batch_costs = session.state.micro_batch_costs or _costs(session)
     if not meter.probes or session.over:
         return
     devices = [session.job.loaded.device] if session.job.loaded.device.type == "cuda" else []
@@ -56,11 +57,20 @@ def probe(session: Session) -> None:
         _probe_evaluation(session)
     if scaler is not None:
         scaler.load_state_dict(scale)
-    in_force = str(session.state.levers)
-    print_labelled(
-        session.progress.console,
-        f"Memory      longest micro-batch of {tokens:,} tokens: peak {reading}" + (f"; {in_force}" if in_force else ""),
-    )
+    notes = [f"Memory      longest micro-batch of {tokens:,} tokens: peak {reading}"]
+    if session.state.merged_tokens is not None and session.packing:
+        notes.append(f"samples share micro-batches of up to {session.state.merged_tokens:,} tokens")
+    notes += [str(session.state.levers)] if str(session.state.levers) else []
+    print_labelled(session.progress.console, "; ".join(notes))
+
+
+def _costs(session: Session) -> list[float]:
+    """What micro-batches take by their tokens; none where samples are not put together, or memory is short already."""
+    if session.state.merged_tokens is None or not session.packing:
+        return []
+    measure = partial(session.job.loaded.micro_batch_costs, session.state.merged_tokens)
+    outcome = attempt(measure, session.meter.release)
+    return [] if isinstance(outcome, Shortage) else outcome
 
 
 def _probe_training(session: Session) -> int:
@@ -106,7 +116,7 @@ def longest_micro_batch(session: Session) -> Sequence[Any]:
     """
     limit, most, found = session.state.levers.micro_batch_tokens, 0, session.job.train_items[:1]
     for step in range(session.state.step, min(session.total_steps, session.state.step + MOST_STEPS)):
-        for group in planned(session, step):
+        for group in planned(session, step, roughly=True):
             if _tokens(session, group) <= most:
                 continue  # cutting does not make it longer
             for piece in pieces(session, group, limit):
