@@ -128,7 +128,7 @@ class Graphs:
 
     def give_way(self) -> None:
         """Before a micro-batch so long that it needs all memory and goes without graphs: drop them."""
-        if self._graphs:
+        if self._places is not None:
             self.drop()
             torch.cuda.empty_cache()
 
