@@ -163,6 +163,15 @@ def test_a_pass_that_fails_waits_for_its_copies(model: Any, monkeypatch: pytest.
     assert joined == []  # with no copies there is nothing to wait for, and in a graph it would be an error
 
 
+@pytest.mark.parametrize("plan", [[KEEP] * 5, [Saving.RECOMPUTE] * 5])
+def test_a_pass_without_copies_waits_for_none(model: Any, plan: list[Saving], monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may be being recorded as a CUDA graph, which a wait for another stream would spoil."""
+    both_passes(model, [AWAY] * 4 + [KEEP])
+    for name in ("begin", "send", "fetch", "wait", "join"):
+        monkeypatch.setattr(HostInputs, name, lambda self, *arguments: pytest.fail("a copy of a pass that has none"))
+    both_passes(model, plan)
+
+
 def test_a_backward_pass_that_comes_too_late(model: Any) -> None:
     decoder = model.model.model
     decoder.planner.forced = [AWAY] * 4 + [KEEP]

@@ -198,7 +198,7 @@ class FastDecoder(nn.Module):
         rms_norm.rms_norm_backward(dhidden, last, self.norm.weight, self.spec.eps, out=taker.y_of(top))
         dx: torch.Tensor | None = top
         del last, top  # 330 MB each of 40,000 tokens of Qwen3-8B
-        away = any(one.away is not None for one in saved)
+        copies = any(one.away is not None for one in saved)
         try:
             self._fetch(saved)
             for index in reversed(range(len(self.stack))):
@@ -210,7 +210,7 @@ class FastDecoder(nn.Module):
                 below = self.stack[index - 1].down if index else None
                 dx = self.stack[index].backward(dx, one, row, below)
         finally:
-            if away:  # a graph must not wait for what is outside of it
+            if copies:  # otherwise a graph may be being recorded, and nothing outside of it may be waited for
                 self.host_inputs.join()  # of a pass that failed a copy may still be on its way
 
     def _fetch(self, saved: list[Saved]) -> None:
