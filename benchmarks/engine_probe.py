@@ -1,6 +1,6 @@
 """Where the fast engine's time goes on this GPU: kernels alone, whole micro-batches, waits, and a profile.
 
-    python benchmarks/engine_probe.py [check] [pieces] [products] [whole] [sizes] [waits] [profile] [--layers 36]
+    python benchmarks/engine_probe.py [check] [pieces] [products] [whole] [sizes] [long] [waits] [profile] [--layers 36]
 
 Random weights of Qwen3-8B's shape, NF4, LoRA r = 16 on all linear layers. One line of JSON a figure. docs/engine-log.md
 keeps what came out.
@@ -33,6 +33,8 @@ from unsloth_factory.model.lora import attach_lora  # noqa: E402
 
 DEVICE, DTYPE = torch.device("cuda", 0), torch.bfloat16
 VOCABULARY = 151_936
+RECOMPUTE, LONG = Saving.RECOMPUTE, (4096, 8192, 16_384)
+"""Of the probe that shows what it costs to keep layer inputs in the CPU's memory."""
 MATRICES = {"qkv": (6144, 4096), "out": (4096, 4096), "gate_up": (24576, 4096), "down": (4096, 12288)}
 
 
@@ -332,6 +334,7 @@ def main() -> None:
         "whole": lambda: [whole(peft(), tokens, saving) for saving in Saving for tokens in (512, 1024, 2048, 4096)],
         "products": products,
         "sizes": lambda: [whole(peft(), tokens, Saving.KEEP) for tokens in range(1536, 3201, 128)],
+        "long": lambda: [whole(peft(), tokens, saving) for tokens in LONG for saving in (RECOMPUTE, Saving.OFFLOAD)],
         "waits": lambda: waits(peft()),
         "profile": lambda: profile(peft()),
     }

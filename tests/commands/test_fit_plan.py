@@ -79,6 +79,20 @@ def test_the_fast_engine_takes_the_memory_there_is(llama: Path) -> None:
     assert least["tokens_per_second"] < less["tokens_per_second"] < plan["tokens_per_second"]
 
 
+def test_inputs_that_leave_the_card_are_told(tmp_path: Path) -> None:
+    """32 layers x 32,768 tokens x 2 KB are 2 GiB, of which this card has no room for the most."""
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(LLAMA | {"num_hidden_layers": 32, "max_position_embeddings": 32_768}))
+    words = ("--model", path, "--gpu", "T4", "--max_seq_length", 32_768, "--batch_size", 1)
+    assert "layer inputs in the CPU's memory" not in uf("plan", *words).words
+    assert planned(*words)[1]["pinned"] == 0
+    words += ("--max_memory", "4GiB")
+    code, plan = planned(*words)
+    assert (code, plan["verdict"]) == (0, "fits")
+    assert 0.5 * 2**30 < plan["pinned"] < 2 * 2**30
+    assert f"layer inputs in the CPU's memory: {plan['pinned'] / 2**30:.1f} GiB" in uf("plan", *words).words
+
+
 def test_the_sums_of_the_page_are_those_of_the_verdict(llama: Path) -> None:
     _, plan = planned("--model", llama, "--gpu", "H200", "--no_quantization")
     assert sum(plan["parts"].values()) == plan["allocated"]

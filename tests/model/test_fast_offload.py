@@ -1,6 +1,6 @@
 """Layer inputs in the CPU's memory: the same bits, the order of the copies, and which layers the planner sends there.
 
-That order is all that a CPU can show of the streams of a GPU; test_fast_gpu.py has the rest.
+What that order is good for on a GPU is checked in test_fast_streams.py.
 """
 
 from __future__ import annotations
@@ -158,6 +158,9 @@ def test_a_pass_that_fails_waits_for_its_copies(model: Any, monkeypatch: pytest.
     with pytest.raises(torch.OutOfMemoryError):
         both_passes(model, [AWAY] * 4 + [KEEP])
     assert joined == [True]
+    with pytest.raises(torch.OutOfMemoryError):
+        both_passes(model, [AGAIN] * 4 + [KEEP])
+    assert joined == []  # with no copies there is nothing to wait for, and in a graph it would be an error
 
 
 @pytest.mark.parametrize("plan", [[KEEP] * 5, [Saving.RECOMPUTE] * 5])
@@ -203,7 +206,7 @@ def test_as_few_layers_as_do_not_fit_leave_their_inputs() -> None:
         if away == 0:
             continue
         assert plan == [AWAY] * away + [AGAIN] * (35 - away) + [KEEP]
-        left = planner.budget - workspace(SPEC, tokens, 2)
+        left = planner.budget / 1.1 - workspace(SPEC, tokens, 2)
         assert launched(SPEC, tokens, 2, away, 224) <= left or away == 35
         assert away == 1 or launched(SPEC, tokens, 2, away - 1, 224) > left
         assert planner.room(tokens) == launched(SPEC, tokens, 2, away, 224)

@@ -277,5 +277,6 @@ def _figures(forecast: Forecast) -> dict[str, Any]:
         "seconds": forecast.seconds,
         "longest_micro_batch": forecast.longest,
         "host_bound": forecast.host_bound,
+        "pinned": forecast.pinned,
         "settings": asdict(forecast.choice),
     }

@@ -136,8 +136,13 @@ class FastEngine:
         """Bytes without which it does not go even with every layer recomputed from an input in the CPU's memory."""
         return self._estimate(max(_tokens(one) for one in packed), 1, least=True).reserved
 
+    def pinned(self, packed: Sequence[Packed]) -> int:
+        """Bytes of the CPU's memory that layer inputs take while these micro-batches are trained."""
+        planner, hidden = self.planner(), self.training.shape.hidden
+        return max(SIZE * hidden * tokens * planner.offloaded(tokens) for tokens in {_tokens(one) for one in packed})
+
     def _estimate(self, tokens: int, trained: int, least: bool = False) -> MemoryEstimate:
-        from unsloth_factory.model.fast.planner import LOGITS, workspace
+        from unsloth_factory.model.fast.planner import LOGITS, SCATTERED, workspace
 
         planner = self.planner()
         if least:
@@ -145,11 +150,13 @@ class FastEngine:
         hidden = self.training.shape.hidden
         parts = dict(self.resident)
         parts["activations"] = planner.room(tokens)
-        # cosines and sines; the graphs' places for input, gradient and output
-        parts["temporaries"] = 8 * tokens * (self.training.shape.head_dim // 2)
-        parts["temporaries"] += 0 if planner.offloaded(tokens) else 3 * SIZE * tokens * hidden
         parts["logits"] = LOGITS + 2 * SIZE * trained * hidden
-        parts["workspace"] += workspace(self.spec, tokens, SIZE)
+        work = workspace(self.spec, tokens, SIZE)
+        parts["workspace"] += work
+        # cosines and sines; the graphs' places for input, gradient and output, or what is lost without graphs
+        parts["temporaries"] = 8 * tokens * (self.training.shape.head_dim // 2)
+        scattered = int(SCATTERED * (work + parts["activations"]))
+        parts["temporaries"] += scattered if planner.offloaded(tokens) else 3 * SIZE * tokens * hidden
         return MemoryEstimate(
             parts=parts,
             reserved=int(SLACK * sum(parts.values())),

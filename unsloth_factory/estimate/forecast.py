@@ -50,6 +50,8 @@ class Forecast:
     """Of all steps; loading, evaluations and saving come on top. None where the card's speed is not known."""
     host_bound: bool = False
     """Python, not the card, sets the pace."""
+    pinned: int = 0
+    """Bytes of the CPU's memory for layer inputs that the card has no room for."""
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -122,6 +124,7 @@ class Forecaster:
             tokens=sum(sum(one.lengths) for one in micro_batches),
             longest=max(sum(one.lengths) for one in micro_batches),
             seconds=engine.seconds(steps) if known else None,
+            pinned=engine.pinned(micro_batches),
         )
 
 

@@ -56,6 +56,12 @@ def _print_verdict(console: Console, plan: Plan) -> None:
             "Engine fast: activations fill the memory that there is; with less of it, layers recompute more",
             highlight=False,
         )
+    if asked.pinned:
+        console.print(
+            f"The longest micro-batch leaves layer inputs in the CPU's memory: {_gib(asked.pinned)} GiB, which must be "
+            "no more than three quarters of what is free there",
+            highlight=False,
+        )
 
 
 def _work_line(plan: Plan) -> str:

@@ -149,13 +149,12 @@ class FastDecoder(nn.Module):
     def _run(self, x: torch.Tensor, row: Row) -> torch.Tensor:
         """[T, h] -> normed [T, h]"""
         if torch.is_grad_enabled() and self.lora:
-            plan = self.planner.plan(len(x))
-            if self.graphs is not None and Saving.OFFLOAD not in plan:
+            if self.graphs is not None and self.graphs.takes(row):
                 return self.graphs.run(x, row)
             if self.graphs is not None:
                 self.graphs.give_way()
             anchor = torch.zeros((), device=x.device, requires_grad=True)
-            return _Stack.apply(anchor, self, x, row, plan)
+            return _Stack.apply(anchor, self, x, row)
         if self.graphs is not None:
             self.graphs.make_room(len(x))
         with torch.no_grad():
@@ -224,20 +223,18 @@ class _Stack(torch.autograd.Function):
     """All layers and the last norm. The gradients of the LoRA matrices go straight into their `.grad`."""
 
     @staticmethod
-    def forward(
-        ctx: Any, anchor: torch.Tensor, decoder: FastDecoder, x: torch.Tensor, row: Row, plan: Sequence[Saving]
-    ) -> torch.Tensor:
+    def forward(ctx: Any, anchor: torch.Tensor, decoder: FastDecoder, x: torch.Tensor, row: Row) -> torch.Tensor:
         ctx.decoder, ctx.row = decoder, row
-        last, ctx.saved = decoder.forward_stack(x, row, plan)
+        last, ctx.saved = decoder.forward_stack(x, row, decoder.planner.plan(len(x)))
         ctx.last = [last]
         return decoder.final_norm(last)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[None, None, None, None, None]:
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[None, None, None, None]:
         assert ctx.saved, "a second backward pass: the saved tensors are gone"
         ctx.decoder.adapter.prepare()
         ctx.decoder.backward_stack(gradients[0], ctx.last.pop(), ctx.saved, ctx.row)
-        return None, None, None, None, None
+        return None, None, None, None
 
 
 def _pair(module: Any) -> LoraPair:

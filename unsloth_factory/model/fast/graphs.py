@@ -106,6 +106,10 @@ class Graphs:
         self.passes = 0
         """Forward passes so far: a backward pass belongs to the last one."""
 
+    def takes(self, row: Row) -> bool:
+        """Whether a micro-batch goes through graphs: not where inputs must leave the GPU, which no graph can hold."""
+        return Saving.OFFLOAD not in self.decoder.planner.plan(Bucket.of(row.documents.lengths).tokens)
+
     def run(self, x: torch.Tensor, row: Row) -> torch.Tensor:
         """Normed hidden states [T, h], differentiable; valid until the next micro-batch."""
         if self._stream is None:
@@ -124,7 +128,7 @@ class Graphs:
 
     def give_way(self) -> None:
         """Before a micro-batch so long that it needs all memory and goes without graphs: drop them."""
-        if self._graphs:
+        if self._places is not None:
             self.drop()
             torch.cuda.empty_cache()
 

@@ -30,8 +30,9 @@ def problem(decoder: Any) -> str | None:
     Args:
         decoder: A `FastDecoder` on a GPU whose adapter is bound; its gradients and its plans are left as they were.
     """
-    kept, forced, budget = decoder.adapter.snapshot(), decoder.planner.forced, decoder.planner.budget
-    decoder.planner.forced = Saving.RECOMPUTE  # the least memory: a card that can train can be checked
+    kept, forced = decoder.adapter.snapshot(), decoder.planner.forced
+    # the least memory that a graph can do with: a card that can train can be checked
+    decoder.planner.forced = [Saving.RECOMPUTE] * len(decoder.stack)
     try:
         with torch.no_grad():
             return _compared(decoder)
@@ -43,7 +44,7 @@ def problem(decoder: Any) -> str | None:
         decoder.adapter.restore(kept)
         if decoder.graphs is not None:
             decoder.graphs.drop()
-        decoder.planner.forced, decoder.planner.budget = forced, budget
+        decoder.planner.forced = forced
         torch.cuda.empty_cache()
 
 
