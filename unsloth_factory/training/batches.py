@@ -35,7 +35,7 @@ def planned(session: Session, step: int, roughly: bool = False) -> list[Sequence
 
 
 def step_batches(session: Session, step: int) -> list[Batch]:
-    """This process's micro-batches of one step: a pure function of (seed, step), so there is no loader state."""
+    """This process's micro-batches of one step: a pure function of (seed, step) and of what checkpoints keep."""
     if session.ahead is not None and session.ahead[0] == _asked(session, step):
         return session.ahead[1]
     limit = session.state.levers.micro_batch_tokens
