@@ -55,6 +55,34 @@ def test_memory_and_speed_as_measured(name: str) -> None:
     assert 1000 * tokens / seconds == pytest.approx(pace, rel=0.1)
 
 
+# Qwen3-8B inside 14.2 GiB of one H200 with FlashAttention-4, 2026-11-22: one sequence of so many tokens, half of them
+# trained; GiB reserved at most, tokens a second (benchmarks/engine.py lengths).
+LENGTHS = {
+    512: (13.41, 12_005), 1024: (13.42, 14_525), 2048: (13.48, 16_058), 4096: (13.94, 13_721), 8192: (14.17, 11_413),
+    12288: (14.18, 10_426), 16384: (13.66, 9_412), 24576: (13.62, 8_249), 32768: (13.76, 7_211),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("tokens", LENGTHS)
+def test_one_sequence_as_measured(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fast_engine, "is_installed", lambda name: True)
+    gib, pace = LENGTHS[tokens]
+    engine = FastEngine(fast("8B"), replace(H200, memory=int(14.2 * GIB), context=0))
+    step = [rows((tokens,))] * min(8, max(1, 8192 // tokens))
+    assert engine.memory(step).reserved / GIB == pytest.approx(gib, rel=0.04)
+    seconds = engine.seconds([step] * 101) - engine.seconds([step])
+    assert 100 * tokens * len(step) / seconds == pytest.approx(pace, rel=0.15)
+
+
+@pytest.mark.parametrize("card", ["T4", "3060", "H200"])
+def test_what_fits_is_never_more_than_the_card_has(card: str) -> None:
+    engine = FastEngine(fast("8B"), GPUS[card])
+    known = [tokens for tokens in range(1024, 40_960, 1024) if engine.least([rows((tokens,))]) <= GPUS[card].room]
+    assert len(known) > 10
+    for tokens in known:
+        assert engine.memory([rows((tokens,))]).reserved <= 1.02 * GPUS[card].room, tokens
+
+
 def test_a_sample_may_be_cut_to_any_memory_but_not_to_none() -> None:
     """8B in 4 bit: 16 GB take samples of 2,048 tokens with room to spare, 8 GB recompute, 6 GB are too few."""
     job = fast("8B")

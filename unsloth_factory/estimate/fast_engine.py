@@ -130,23 +130,32 @@ class FastEngine:
 
     def memory(self, packed: Sequence[Packed]) -> MemoryEstimate:
         """Bytes at the fullest moment of a training of these micro-batches."""
-        return self._estimate(max(_tokens(one) for one in packed), max(one.trained for one in packed))
+        return self._estimate(self.settled(packed), *_most(packed))
 
     def least(self, packed: Sequence[Packed]) -> int:
         """Bytes without which it does not go even with every layer recomputed from an input in the CPU's memory."""
-        return self._estimate(max(_tokens(one) for one in packed), 1, least=True).reserved
+        planner = self.planner()
+        planner.offload_all()
+        return self._estimate(planner, _most(packed)[0], 1).reserved
 
     def pinned(self, packed: Sequence[Packed]) -> int:
         """Bytes of the CPU's memory that layer inputs take while these micro-batches are trained."""
-        planner, hidden = self.planner(), self.training.shape.hidden
+        planner, hidden = self.settled(packed), self.training.shape.hidden
         return max(SIZE * hidden * tokens * planner.offloaded(tokens) for tokens in {_tokens(one) for one in packed})
 
-    def _estimate(self, tokens: int, trained: int, least: bool = False) -> MemoryEstimate:
+    def settled(self, packed: Sequence[Packed]) -> Planner:
+        """As it plans when the longest of these micro-batches has been tried: where that is too large, with less."""
+        planner = self.planner()
+        tokens, trained = _most(packed)
+        while self._estimate(planner, tokens, trained).reserved > self.gpu.room:
+            if planner.offloaded(tokens) == self.spec.layers - 1:
+                break
+            planner.tighten()
+        return planner
+
+    def _estimate(self, planner: Planner, tokens: int, trained: int) -> MemoryEstimate:
         from unsloth_factory.model.fast.planner import LOGITS, SCATTERED, workspace
 
-        planner = self.planner()
-        if least:
-            planner.offload_all()
         hidden = self.training.shape.hidden
         parts = dict(self.resident)
         parts["activations"] = planner.room(tokens)
@@ -172,8 +181,8 @@ class FastEngine:
         """Of all steps: micro-batches, updates, and the graphs of sizes that are new."""
         from unsloth_factory.model.fast.graphs import Bucket
 
-        planner = self.planner()
         packed = [one for step in steps for one in step]
+        planner = self.settled(packed)
         captured = [one for one in packed if not planner.offloaded(_tokens(one))]
         if captured and planner.forced is None:
             planner.arena = planner.room(max(_tokens(one) for one in captured))
@@ -224,6 +233,11 @@ def _elementwise(shape: ModelShape, forwards: int) -> int:
     forward = 4 * h + rotated + 3 * i + 2 * q
     backward = 12 * h + 2 * rotated + 6 * i + 2 * q
     return forwards * forward + backward
+
+
+def _most(packed: Sequence[Packed]) -> tuple[int, int]:
+    """The most tokens, and the most trained ones, of a micro-batch."""
+    return max(_tokens(one) for one in packed), max(one.trained for one in packed)
 
 
 def _tokens(packed: Packed) -> int:
