@@ -71,7 +71,7 @@ def test_one_sequence_as_measured(tokens: int, monkeypatch: pytest.MonkeyPatch) 
     step = [rows((tokens,))] * min(8, max(1, 8192 // tokens))
     assert engine.memory(step).reserved / GIB == pytest.approx(gib, rel=0.04)
     seconds = engine.seconds([step] * 101) - engine.seconds([step])
-    assert 100 * tokens * len(step) / seconds == pytest.approx(pace, rel=0.15)
+    assert 100 * tokens * len(step) / seconds == pytest.approx(pace, rel=0.18)
 
 
 @pytest.mark.parametrize("card", ["T4", "3060", "H200"])
