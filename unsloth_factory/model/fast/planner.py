@@ -99,8 +99,8 @@ class Planner:
 
     def _memory(self) -> int:
         if self.budget is None:
-            # Holes in what torch holds are of no use to the arena or to a graph; weights that are converted from another
-            # dtype leave more of them behind.
+            # Holes in what torch holds are of no use to the arena or to a graph; weights that come in another dtype
+            # leave more of them behind.
             torch.cuda.empty_cache()
             self.budget = available(self.device, holes=False) - RESERVE
         return self.budget
