@@ -154,12 +154,13 @@ class FastEngine:
         return planner
 
     def _estimate(self, planner: Planner, tokens: int, trained: int) -> MemoryEstimate:
-        from unsloth_factory.model.fast.planner import LOGITS, SCATTERED, workspace
+        from unsloth_factory.model.fast.head import CHUNK_BYTES
+        from unsloth_factory.model.fast.planner import SCATTERED, workspace
 
         hidden = self.training.shape.hidden
         parts = dict(self.resident)
         parts["activations"] = planner.room(tokens)
-        parts["logits"] = LOGITS + 2 * SIZE * trained * hidden
+        parts["logits"] = CHUNK_BYTES + 2 * SIZE * trained * hidden
         work = workspace(self.spec, tokens, SIZE)
         parts["workspace"] += work
         # cosines and sines; the graphs' places for input, gradient and output, or what is lost without graphs

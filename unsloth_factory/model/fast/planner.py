@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from unsloth_factory.model.fast.head import CHUNK_BYTES
 from unsloth_factory.model.fast.layer import Saving
 from unsloth_factory.model.fast.spec import DecoderSpec
 from unsloth_factory.model.host_memory import free_memory
@@ -20,8 +21,6 @@ ROUNDING = 2**17
 """Bytes that some hundred tensors of an arena may lose to alignment."""
 MOST_TOKENS = 8192
 """Of a micro-batch that is put together here: larger ones are no faster."""
-LOGITS = 256 * 2**20
-"""Bytes of a chunk of logits."""
 GAPS = 300 * 10**6
 """Bytes of `RESERVE` that stay free even for a micro-batch that fits by the recomputation of every layer alone."""
 SCATTERED = 0.1
@@ -127,7 +126,7 @@ class Planner:
         """The fewest layers without whose inputs a micro-batch fits, or all but the last."""
         spec, memory, work = self.spec, self._memory(), workspace(self.spec, tokens, 2)
         # every input, and in the reserve logits and what goes into the graphs and comes out (half of it is workspace)
-        recomputed = ROUNDING + 2 * tokens * spec.hidden * (spec.layers + 2) + LOGITS
+        recomputed = ROUNDING + 2 * tokens * spec.hidden * (spec.layers + 2) + CHUNK_BYTES
         if recomputed + work <= memory + RESERVE - GAPS:
             return 0
         room = memory / (1 + SCATTERED) - work
