@@ -2,13 +2,16 @@
 
     python benchmarks/evaluation_speed.py MODEL CEVAL [--peer_batch_sizes 8,16,32] [--engine fast]     # speed
     python benchmarks/evaluation_speed.py MODEL CEVAL --rows 5 --float32     # the same answers, apart from rounding
+    python benchmarks/evaluation_speed.py MODEL CEVAL --reference            # whose rounding it is
 
 MODEL is a folder whose weights may be random; CEVAL has the subfolders dev and val. Both load the same 16-bit weights
 (float32 on a CPU) in one process, one after the other; loading is not counted, tokenising is, on both sides. The
 harness runs each batch size on every 13th question, and the quickest one on all; ours runs all three times. Printed as
 JSON lines: seconds, the ratio, the largest difference of log-probabilities, and how many choices differ, of all
 questions and of those whose two best choices are more than `GAP` apart; the same for the harness against itself at its
-second best batch size. In bfloat16 other kernels make other roundings: 0.02 on average in 36 random layers.
+second best batch size. In bfloat16 other kernels make other roundings: 0.02 on average in 36 random layers. `--reference`
+scores all of them once more with ours in float32, which `--float32` shows to be the harness' own to 2e-5, and compares
+either side's 16-bit answers with those.
 """
 
 from __future__ import annotations
@@ -43,11 +46,16 @@ def main() -> None:
     parser.add_argument("--peer_batch_sizes", default="8,16,32", type=_numbers)
     parser.add_argument("--engine", default="auto", choices=["auto", "standard", "fast"])
     parser.add_argument("--float32", action="store_true", help="both in float32: for the answers, not for the speed")
+    parser.add_argument("--reference", action="store_true", help="both sides' answers against float32's")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         data = first_rows(given.ceval, Path(folder), given.rows)
         scores, texts, seconds = ours(given.model, given.engine, data, given.float32)
+        reference = ours(given.model, given.engine, data, float32=True)[0] if given.reference else None
     other, other_seconds = theirs(given.model, texts, given.peer_batch_sizes, given.float32)
+    if reference is not None:
+        _print(what="ours against float32", **_compared(scores, reference))
+        _print(what="lm-eval against float32", **_compared(other, reference))
     _print(what="ratio", questions=len(texts), **_compared(scores, other), ratio=round(other_seconds / seconds, 2))
 
 
