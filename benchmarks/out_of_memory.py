@@ -302,14 +302,17 @@ def good(outcome: dict[str, Any], limit: float) -> bool:
     return outcome["steps"] == STEPS and outcome["same_samples"] and outcome["loss_difference"] <= limit
 
 
-def run(model: Path, points: int, seconds: float, dry: bool, first: int = 0) -> dict[str, Any]:
-    """All points; stops to begin new ones when the time is up."""
+def run(
+    model: Path, points: int, seconds: float, dry: bool, first: int = 0, until: int | None = None
+) -> dict[str, Any]:
+    """All points, or a part of them; stops to begin new ones when the time is up."""
     started = time.time()
     device = torch.device("cpu") if dry else torch.device("cuda", 0)
     dtype = torch.float32 if dry else torch.bfloat16
     loaded = load_model(ModelSettings(model=str(model)), dtype=dtype, for_training=True, tuning=TINY, device=device)
     lengths = (20, 120) if dry else (120, 2000)
-    folder = Path("/dev/shm/out_of_memory") if Path("/dev/shm").is_dir() else model / "runs"
+    memory = Path("/dev/shm")
+    folder = memory / f"out_of_memory_{os.getpid()}" if memory.is_dir() else model / "runs"
     bench = Bench(loaded, folder, lengths, FakeCard() if dry else None)
     bench.start = [p.detach().clone() for p in loaded.trainable_parameters()]
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -318,7 +321,7 @@ def run(model: Path, points: int, seconds: float, dry: bool, first: int = 0) -> 
     gc.collect()
     gc.freeze()
     with bench.card or torch.enable_grad():
-        for number in range(first, points):
+        for number in range(first, points if until is None else until):
             exact = number >= points // 2
             if exact and loaded.dtype != torch.float32:
                 loaded.model.float()
@@ -354,13 +357,15 @@ def main() -> None:
     parser.add_argument("points", nargs="?", type=int, default=50)
     parser.add_argument("--seconds", type=float, default=1e9)
     parser.add_argument("--first", type=int, default=0, help="go on at this point")
+    parser.add_argument("--until", type=int, help="end before this point, so that two GPUs can share the work")
     given = parser.parse_args()
     if given.what == "make":
         print(json.dumps(make(given.folder)), flush=True)
         return
     if given.what == "dry" and not given.folder.is_dir():
         make(given.folder, hidden=256, layers=2, vocabulary=5120)
-    print(json.dumps(run(given.folder, given.points, given.seconds, given.what == "dry", given.first)), flush=True)
+    outcome = run(given.folder, given.points, given.seconds, given.what == "dry", given.first, given.until)
+    print(json.dumps(outcome), flush=True)
 
 
 if __name__ == "__main__":
