@@ -9,9 +9,9 @@ MODEL is a folder whose weights may be random; CEVAL has the subfolders dev and 
 harness runs each batch size on every 13th question, and the quickest one on all; ours runs all three times. Printed as
 JSON lines: seconds, the ratio, the largest difference of log-probabilities, and how many choices differ, of all
 questions and of those whose two best choices are more than `GAP` apart; the same for the harness against itself at its
-second best batch size. In bfloat16 other kernels make other roundings: 0.02 on average in 36 random layers. `--reference`
-scores all of them once more with ours in float32, which `--float32` shows to be the harness' own to 2e-5, and compares
-either side's 16-bit answers with those.
+second best batch size. In bfloat16 other kernels make other roundings: 0.02 on average in 36 random layers.
+`--reference` scores all of them once more with ours in float32, which `--float32` shows to be the harness' own to 2e-5,
+and compares either side's 16-bit answers with those.
 """
 
 from __future__ import annotations
