@@ -1,17 +1,17 @@
 """C-Eval with choices scored: `uf evaluate` against lm-evaluation-harness' HF backend, on the very same prompts.
 
     python benchmarks/evaluation_speed.py MODEL CEVAL [--peer_batch_sizes 8,16,32] [--engine fast]     # speed
-    python benchmarks/evaluation_speed.py MODEL CEVAL --rows 5 --float32     # the same answers, apart from rounding
+    python benchmarks/evaluation_speed.py MODEL CEVAL --rows 5 --dtype float32     # the same answers
     python benchmarks/evaluation_speed.py MODEL CEVAL --reference            # whose rounding it is
 
 MODEL is a folder whose weights may be random; CEVAL has the subfolders dev and val. Both load the same 16-bit weights
-(float32 on a CPU) in one process, one after the other; loading is not counted, tokenising is, on both sides. The
+(as float32 on a CPU, and where --dtype says so) in one process, one after the other; loading is not counted, tokenising is, on both sides. The
 harness runs each batch size on every 13th question, and the quickest one on all; ours runs all three times. Printed as
 JSON lines: seconds, the ratio, the largest difference of log-probabilities, and how many choices differ, of all
 questions and of those whose two best choices are more than `GAP` apart; the same for the harness against itself at its
 second best batch size. In bfloat16 other kernels make other roundings: 0.02 on average in 36 random layers.
-`--reference` scores all of them once more with ours in float32, which `--float32` shows to be the harness' own to 2e-5,
-and compares either side's 16-bit answers with those.
+float16, which a T4 computes in, rounds eight times finer. `--reference` scores all of them once more with ours in
+float32, which `--dtype float32` shows to be the harness' own to 2e-5, and compares either side's answers with those.
 """
 
 from __future__ import annotations
@@ -39,20 +39,23 @@ PROBED = 13
 
 def main() -> None:
     """Measure."""
+    import torch
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("ceval", type=Path)
     parser.add_argument("--rows", type=int, help="questions of each subject; default: all")
     parser.add_argument("--peer_batch_sizes", default="8,16,32", type=_numbers)
     parser.add_argument("--engine", default="auto", choices=["auto", "standard", "fast"])
-    parser.add_argument("--float32", action="store_true", help="both in float32: for the answers, not for the speed")
+    parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], help="of both sides")
     parser.add_argument("--reference", action="store_true", help="both sides' answers against float32's")
     given = parser.parse_args()
+    given.dtype = given.dtype or ("bfloat16" if torch.cuda.is_available() else "float32")
     with tempfile.TemporaryDirectory() as folder:
         data = first_rows(given.ceval, Path(folder), given.rows)
-        scores, texts, seconds = ours(given.model, given.engine, data, given.float32)
-        reference = ours(given.model, given.engine, data, float32=True)[0] if given.reference else None
-    other, other_seconds = theirs(given.model, texts, given.peer_batch_sizes, given.float32)
+        scores, texts, seconds = ours(given.model, given.engine, data, given.dtype)
+        reference = ours(given.model, given.engine, data, "float32")[0] if given.reference else None
+    other, other_seconds = theirs(given.model, texts, given.peer_batch_sizes, given.dtype)
     if reference is not None:
         _print(what="ours against float32", **_compared(scores, reference))
         _print(what="lm-eval against float32", **_compared(other, reference))
@@ -75,7 +78,7 @@ def first_rows(source: Path, folder: Path, rows: int | None) -> Path:
     return folder
 
 
-def ours(model: Path, engine: Any, data: Path, float32: bool) -> tuple[np.ndarray, list[str], float]:
+def ours(model: Path, engine: Any, data: Path, dtype: str) -> tuple[np.ndarray, list[str], float]:
     """(scores [n, 4], prompts, seconds: the middle of three runs, in float32 of one)."""
     import torch
 
@@ -85,7 +88,7 @@ def ours(model: Path, engine: Any, data: Path, float32: bool) -> tuple[np.ndarra
     from unsloth_factory.evaluation.choice.scored import ChoiceOptions, evaluate, model_scorers
     from unsloth_factory.model.load import load_model
 
-    loaded = load_model(ModelSettings(model=str(model), engine=engine), dtype=torch.float32 if float32 else None)
+    loaded = load_model(ModelSettings(model=str(model), engine=engine), dtype=getattr(torch, dtype))
     texts: list[str] = []
 
     class Recorder(PromptMaker):
@@ -103,21 +106,20 @@ def ours(model: Path, engine: Any, data: Path, float32: bool) -> tuple[np.ndarra
         return evaluate(maker, data, model_scorers(loaded, ["base"]), options), time.perf_counter() - start
 
     run("computer_network")  # libraries set themselves up
-    results = [run(None) for _ in range(1 if float32 else 3)]
+    results = [run(None) for _ in range(1 if dtype == "float32" else 3)]
     seconds = sorted(taken for _, taken in results)
     scores = np.array([[record["base"]["logprobs"][letter] for letter in LETTERS] for record in results[-1][0].records])
     _print(what="ours", engine=loaded.engine, questions=len(texts), seconds=[round(taken, 2) for taken in seconds])
     return scores, texts, seconds[len(seconds) // 2]
 
 
-def theirs(model: Path, texts: list[str], batch_sizes: Sequence[int], float32: bool) -> tuple[np.ndarray, float]:
+def theirs(model: Path, texts: list[str], batch_sizes: Sequence[int], dtype: str) -> tuple[np.ndarray, float]:
     """(log-probabilities [n, 4], seconds) at the quickest of the batch sizes."""
     import torch
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
 
     cuda = torch.cuda.is_available()
-    dtype = "bfloat16" if cuda and not float32 else "float32"
     peer = HFLM(pretrained=str(model), device="cuda" if cuda else "cpu", dtype=dtype, batch_size=1)
 
     def score(asked: list[str], size: int) -> tuple[np.ndarray, float]:

@@ -12,6 +12,7 @@ import torch
 
 from unsloth_factory.config.settings import ModelSettings, TuningSettings
 from unsloth_factory.kernels import attention, hopper, swiglu
+from unsloth_factory.model.fast import pace
 from unsloth_factory.model.fast.layer import Saving
 from unsloth_factory.model.fast.planner import workspace
 from unsloth_factory.model.load import load_model
@@ -151,6 +152,21 @@ def test_what_sizes_of_micro_batches_take(wide: Any) -> None:
     assert len(costs) == 32
     assert 0 < costs[0] < costs[-1] < 32 * 2 * costs[0]
     assert torch.equal(run(loaded)[0], before[0])
+
+
+def test_measuring_all_sizes_takes_no_more_memory_than_the_largest(wide: Any) -> None:
+    layer = load(wide("qwen3"), "fast", torch.bfloat16).decoder.stack[0]
+
+    def taken(sizes: Callable[[], object]) -> int:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_reserved()
+        sizes()
+        return torch.cuda.max_memory_reserved() - before
+
+    largest = taken(lambda: pace._milliseconds(layer, 4096))
+    assert largest > 2**20
+    assert taken(lambda: pace.measure(layer, 4096)) <= 1.1 * largest
 
 
 def test_recording_does_not_wait_for_what_runs(wide: Any) -> None:

@@ -8,6 +8,7 @@ import time
 import weakref
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -164,6 +165,14 @@ def test_the_quickest_sizes_of_micro_batches_are_taken() -> None:
     assert pace.cost([1.0, 2.0], STEP) == 1.0
     assert pace.cost([1.0, 2.0], STEP + 1) == 2.0
     assert pace.cost([1.0, 2.0], 2 * STEP + 1) == 0.0
+
+
+def test_the_largest_size_of_a_micro_batch_is_measured_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(pace, "_milliseconds", lambda _, tokens: asked.append(tokens) or float(tokens))
+    layer: Any = SimpleNamespace(spec=SimpleNamespace(layers=3))
+    assert pace.measure(layer, 3 * STEP) == [1.0 + STEP, 1.0 + 2 * STEP, 1.0 + 3 * STEP]
+    assert asked == [3 * STEP, 2 * STEP, STEP]
 
 
 def test_half_of_the_tokens_always_cuts() -> None:

@@ -32,7 +32,10 @@ def measure(layer: Layer, most: int) -> list[float]:
         most: Tokens, a multiple of `STEP`.
     """
     between = BETWEEN_MS / layer.spec.layers
-    return [round(between + _milliseconds(layer, tokens), 4) for tokens in range(STEP, most + 1, STEP)]
+    # The largest first: what it leaves in torch's cache has room for all others. The smallest first left memory behind
+    # for every size, in all 1.4 GiB of 13.5 with a 1.7B model and 8,192 tokens.
+    falling = [round(between + _milliseconds(layer, tokens), 4) for tokens in range(most, 0, -STEP)]
+    return falling[::-1]
 
 
 def cost(costs: Sequence[float], tokens: int) -> float:
