@@ -5,7 +5,7 @@
     python benchmarks/evaluation_speed.py MODEL CEVAL --reference            # whose rounding it is
 
 MODEL is a folder whose weights may be random; CEVAL has the subfolders dev and val. Both load the same 16-bit weights
-(as float32 on a CPU, and where --dtype says so) in one process, one after the other; loading is not counted, tokenising is, on both sides. The
+(float32 on a CPU) in one process, one after the other; loading is not counted, tokenising is, on both sides. The
 harness runs each batch size on every 13th question, and the quickest one on all; ours runs all three times. Printed as
 JSON lines: seconds, the ratio, the largest difference of log-probabilities, and how many choices differ, of all
 questions and of those whose two best choices are more than `GAP` apart; the same for the harness against itself at its
