@@ -1,6 +1,6 @@
 """Where the fast engine's time goes on this GPU: kernels alone, whole micro-batches, waits, and a profile.
 
-    python benchmarks/engine_probe.py [check] [pieces] [products] [whole] [sizes] [long] [waits] [profile] [--layers 36]
+    python benchmarks/engine_probe.py [check] [pieces] [products] [ranks] [whole] [sizes] [long] [waits] [profile] [--layers 36]
 
 Random weights of Qwen3-8B's shape, NF4, LoRA r = 16 on all linear layers. One line of JSON a figure. docs/engine-log.md
 keeps what came out.
@@ -14,7 +14,7 @@ import json
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -175,6 +175,26 @@ def products(sizes: range = range(512, 4097, 128)) -> None:
             say(what="products", model=model_name, tokens=tokens, us=total, tflops=round(rate, 1), **figures)
 
 
+def ranks(sizes: Sequence[int] = (1920, 2304, 2432, 2560)) -> None:
+    """Whether rows of 4096 + 48 numbers make a product slower than rows of a multiple of 64; several times in turn."""
+    matrices, rounds = SHAPES["qwen3-8b"], 3
+    widest = max(max(shape) for shape in matrices.values()) + 64
+    rows = torch.randn(max(sizes), widest, device=DEVICE, dtype=DTYPE)
+    for tokens in sizes:
+        found: dict[str, list[float]] = {"as they are": [], "multiples of 64": []}
+        for _ in range(rounds):
+            for which, rounded in zip(found, (8, 64), strict=True):
+                total = 0.0
+                for name, (outputs, inputs) in matrices.items():
+                    rank = -(-RANKS[name] // rounded) * rounded
+                    forwards = torch.randn(outputs, inputs + rank, device=DEVICE, dtype=DTYPE).t()
+                    backwards = torch.randn(outputs + rank, inputs, device=DEVICE, dtype=DTYPE)
+                    x, dy = (rows.flatten()[: tokens * n].view(tokens, n) for n in (inputs + rank, outputs + rank))
+                    total += sum(timed(lambda x=x, w=w: torch.mm(x, w)) for x, w in ((x, forwards), (dy, backwards)))
+                found[which].append(round(1e3 * total))
+        say(what="ranks", tokens=tokens, us=found)
+
+
 def check(layers: int = 4) -> None:
     """Graphs against single launches: hidden states and gradients of rows of several lengths."""
     peft = model(layers)
@@ -333,6 +353,7 @@ def main() -> None:
         "pieces": pieces,
         "whole": lambda: [whole(peft(), tokens, saving) for saving in Saving for tokens in (512, 1024, 2048, 4096)],
         "products": products,
+        "ranks": ranks,
         "sizes": lambda: [whole(peft(), tokens, Saving.KEEP) for tokens in range(1536, 3201, 128)],
         "long": lambda: [whole(peft(), tokens, saving) for tokens in LONG for saving in (RECOMPUTE, Saving.OFFLOAD)],
         "waits": lambda: waits(peft()),

@@ -167,12 +167,17 @@ def test_the_quickest_sizes_of_micro_batches_are_taken() -> None:
     assert pace.cost([1.0, 2.0], 2 * STEP + 1) == 0.0
 
 
-def test_the_largest_size_of_a_micro_batch_is_measured_first(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sizes_of_micro_batches_are_measured_in_rounds_from_the_largest_down(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
-    monkeypatch.setattr(pace, "_milliseconds", lambda _, tokens: asked.append(tokens) or float(tokens))
+
+    def taken(_: Any, tokens: int) -> float:
+        asked.append(tokens)
+        return tokens + (100.0 if len(asked) <= 6 else 0.0)  # two slow rounds
+
+    monkeypatch.setattr(pace, "_milliseconds", taken)
     layer: Any = SimpleNamespace(spec=SimpleNamespace(layers=3))
     assert pace.measure(layer, 3 * STEP) == [1.0 + STEP, 1.0 + 2 * STEP, 1.0 + 3 * STEP]
-    assert asked == [3 * STEP, 2 * STEP, STEP]
+    assert asked == [3 * STEP, 2 * STEP, STEP] * (pace.REPEATS + 1)
 
 
 def test_half_of_the_tokens_always_cuts() -> None:
