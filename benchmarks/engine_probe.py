@@ -1,6 +1,6 @@
 """Where the fast engine's time goes on this GPU: kernels alone, whole micro-batches, waits, and a profile.
 
-    python benchmarks/engine_probe.py [check] [pieces] [products] [ranks] [whole] [sizes] [long] [waits] [profile] [--layers 36]
+    python benchmarks/engine_probe.py [check] [pieces] [products] [ranks] [whole] [sizes] [long] [waits] [profile]
 
 Random weights of Qwen3-8B's shape, NF4, LoRA r = 16 on all linear layers. One line of JSON a figure. docs/engine-log.md
 keeps what came out.
