@@ -135,6 +135,15 @@ def test_new_sizes_cost_a_graph_each() -> None:
     assert more - longer == pytest.approx(9 * 36 * 2.8e-3, rel=0.01)
 
 
+def test_dropout_takes_time_and_a_little_memory() -> None:
+    room = replace(H200, memory=int(14.2 * GIB), context=0)
+    plain, dropped = (FastEngine(fast("8B", lora_dropout=rate), room) for rate in (False, True))
+    row = Packed((900, 900), 900)
+    assert plain.seconds([[row] * 4] * 20) * 1.05 < dropped.seconds([[row] * 4] * 20) < plain.seconds([[row] * 8] * 20)
+    works = [engine.planner().workspace(2048) for engine in (plain, dropped)]
+    assert works[1] - works[0] == 2 * 2048 * SHAPES["8B"].intermediate
+
+
 def test_the_attention_that_is_installed_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     """On Hopper GPUs alone; of samples of 8,192 tokens attention is nearly half."""
     step = [[rows((8192,))]]
@@ -163,7 +172,6 @@ def test_choices_that_the_engine_makes_itself_are_not_offered() -> None:
     [
         ({"method": "dpo"}, "--method dpo"),
         ({"kind": "full"}, "--finetuning_type full"),
-        ({"lora_dropout": True}, "--lora_dropout"),
         ({"shape": replace(SHAPES["8B"], prequantized=True)}, "stored in 4 bit"),
         ({"shape": replace(SHAPES["8B"], sliding_window=4096)}, "this model"),
         ({"shape": replace(SHAPES["8B"], intermediate=12_300)}, "the rows of its 4-bit weights"),

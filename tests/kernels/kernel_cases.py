@@ -10,7 +10,7 @@ import os
 import pytest
 import torch
 
-from unsloth_factory.kernels import attention, cross_entropy, nf4, rms_norm, rotary, shadows, swiglu
+from unsloth_factory.kernels import attention, cross_entropy, dropout, nf4, rms_norm, rotary, shadows, swiglu
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TRITON = DEVICE.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
@@ -78,6 +78,50 @@ def test_swiglu_backward_is_the_gradient():
     gradient = gate_up.detach().clone()
     close(swiglu.twin_backward(dout, gradient), out.detach(), torch.float32)
     close(gradient, gate_up.grad, torch.float32)
+
+
+SEED = torch.tensor([2**45 + 77], device=DEVICE)
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 4), (3, 101), (2, 1026)])
+def test_dropout_kernel(shape, dtype):
+    wide = draw(shape[0], shape[1] + 3, dtype=dtype)
+    x, total = wide[:, :-3], draw(*shape, dtype=dtype, seed=1)
+    wanted = dropout.twin(x, 0.3, SEED, 5)
+    ours = dropout.launch(x, 0.3, SEED, 5, torch.full(shape, 7.0, dtype=dtype, device=DEVICE), add=False)
+    assert torch.equal(ours == 0, wanted == 0)
+    close(ours, wanted, dtype)
+    added = (total.float() + dropout.twin(x.float(), 0.3, SEED, 5)).to(dtype)
+    close(dropout.launch(x, 0.3, SEED, 5, total.clone(), add=True), added, dtype)
+
+
+def test_random_words_are_philox():
+    """Known answers of Random123's own tests (kat_vectors: philox4x32, 10 rounds)."""
+    ones, pi = 2**32 - 1, (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344)
+    known = {
+        (0, (0, 0, 0, 0)): (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8),
+        (0x299F31D0_A4093822, pi): (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+        (-1, (ones,) * 4): (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD),
+    }
+    for (seed, counter), words in known.items():
+        found = dropout.philox(torch.tensor([seed]), [torch.tensor([word]) for word in counter])
+        assert tuple(int(word) for word in found) == words
+
+
+def test_dropout_keeps_what_it_should():
+    ones = torch.ones(400, 250, device=DEVICE)
+    kept = dropout.dropout(ones, 0.2, SEED, 0)
+    assert set(kept.unique().tolist()) == {0.0, 1.25}
+    others = [dropout.dropout(ones, 0.2, SEED, 1), dropout.dropout(ones, 0.2, SEED + 1, 0), kept.roll(1, 0)]
+    for one in (kept, *others):  # six standard deviations of 100,000 draws are 0.0076
+        assert abs(float((one == 0).float().mean()) - 0.2) < 0.0076
+    for other in (*others, kept.roll(1, 1), kept.roll(63, 1)):  # independent: both drop a number 4 times in 100
+        assert abs(float(((kept == 0) & (other == 0)).float().mean()) - 0.04) < 0.004
+    assert torch.equal(dropout.dropout(ones, 0.2, SEED, 0), kept)
+    assert torch.equal(dropout.dropout(ones, 0.0, SEED, 0), ones)
+    assert torch.equal(dropout.add_dropout(2 * ones, ones, 0.2, SEED, 0), kept + 2)
 
 
 HEADS = [rotary.Heads(4, 2, 16), rotary.Heads(3, 1, 24), rotary.Heads(1, 1, 64)]

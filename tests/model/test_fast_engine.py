@@ -10,12 +10,14 @@ import torch
 
 from unsloth_factory.config.settings import TuningSettings
 from unsloth_factory.kernels.attention import Documents
+from unsloth_factory.kernels.dropout import twin
 from unsloth_factory.kernels.rotary import Heads
 from unsloth_factory.model.fast.arena import Arena
+from unsloth_factory.model.fast.decoder import STREAMS
 from unsloth_factory.model.fast.embedding import HostEmbedding
 from unsloth_factory.model.fast.graphs import Bucket
 from unsloth_factory.model.fast.layer import Row, Saving
-from unsloth_factory.model.fast.load import FolderWeights, load_fast
+from unsloth_factory.model.fast.load import FUSED, FolderWeights, load_fast
 from unsloth_factory.model.fast.planner import divide, saved_numbers
 from unsloth_factory.model.fast.spec import DecoderSpec, why_not
 from unsloth_factory.model.lora import attach_lora
@@ -72,6 +74,69 @@ def same(first: tuple[Any, Any], second: tuple[Any, Any], tolerance: float = 2e-
 def test_gradients_of_packed_rows(family_dir, family):
     standard, fast = both(family_dir(family))
     same(run(fast, packed_inputs()), run(standard, packed_inputs()))
+
+
+DROPPED = TuningSettings(lora_r=4, lora_alpha=8, lora_dropout=0.3)
+
+
+class SameDropout(torch.nn.Module):
+    """In peft's place for it: drops what the fast engine drops in one matrix."""
+
+    def __init__(self, seed: torch.Tensor, stream: int) -> None:
+        super().__init__()
+        self.seed, self.stream = seed, stream
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        mask = twin(torch.ones(x.shape[1:]), DROPPED.lora_dropout, self.seed, self.stream)
+        return x * mask[None]
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+@pytest.mark.parametrize("family", ["qwen3", "qwen2"])
+def test_lora_dropout(family_dir, family, bits):
+    """With the same masks the gradients are peft's; and there are none unless it trains."""
+    standard, fast = both(family_dir(family), bits=bits, tuning=DROPPED)
+    torch.manual_seed(11)
+    seed = torch.randint(2**63 - 1, (1,))
+    for index, layer in enumerate(standard.get_base_model().model.layers):
+        for number, parts in enumerate(FUSED.values()):
+            for place, name in enumerate(parts):
+                stream = STREAMS * (4 * index + number) + place
+                layer.get_submodule(name).lora_dropout["default"] = SameDropout(seed, stream)
+    torch.manual_seed(11)
+    ours = run(fast, packed_inputs())
+    same(ours, run(standard, packed_inputs()))
+    other = run(fast, packed_inputs())
+    assert (other[0] - ours[0]).abs().max() > 1e-3  # another micro-batch, other numbers
+    torch.manual_seed(11)
+    before = torch.get_rng_state()
+    plain = run(fast.eval(), packed_inputs())
+    assert torch.equal(torch.get_rng_state(), before)
+    same(plain, run(both(family_dir(family), bits=bits)[1], packed_inputs()), 1e-6)
+
+
+def test_dropout_differs_between_layers_and_projections(random_model_dir):
+    _, fast = both(random_model_dir, tuning=DROPPED)
+    decoder = fast.get_base_model().model
+    streams = [
+        one.stream + place
+        for layer in decoder.stack
+        for one in layer.projections.values()
+        for place in range(len(one.parts))
+    ]
+    assert len(streams) == len(set(streams)) == 7 * len(decoder.stack)
+
+
+@pytest.mark.parametrize("saving", list(Saving))
+def test_dropout_is_the_same_when_a_layer_is_computed_again(random_model_dir, saving):
+    _, fast = both(random_model_dir, tuning=DROPPED)
+    torch.manual_seed(3)
+    kept = run(fast, packed_inputs())
+    fast.get_base_model().model.planner.forced = saving
+    torch.manual_seed(3)
+    again = run(fast, packed_inputs())
+    assert torch.equal(kept[0], again[0])
+    assert all(torch.equal(kept[1][name], again[1][name]) for name in kept[1])
 
 
 @pytest.mark.parametrize("saving", list(Saving))

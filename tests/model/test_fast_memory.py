@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 from unsloth_factory.kernels import attention, rms_norm, rotary, swiglu
 from unsloth_factory.kernels.attention import Attended, Documents
 from unsloth_factory.kernels.rotary import Heads
+from unsloth_factory.model.fast import linear
 from unsloth_factory.model.fast.decoder import FastDecoder
 from unsloth_factory.model.fast.layer import Layer, Norms, Row, Saving
 from unsloth_factory.model.fast.linear import FusedLinear, LoraPair, Part
@@ -91,6 +92,8 @@ def kernels_that_only_allocate(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(swiglu, "swiglu_backward", lambda dout, gate_up: dout)
     monkeypatch.setattr(rotary, "rotary", rotated)
     monkeypatch.setattr(rotary, "rotary_backward", lambda *arguments: None)
+    monkeypatch.setattr(linear, "dropout", lambda x, rate, seed, stream: torch.empty_like(x))
+    monkeypatch.setattr(linear, "add_dropout", lambda total, x, rate, seed, stream: total)
     monkeypatch.setattr(attention, "attention", attended)
     monkeypatch.setattr(attention, "attention_backward", attention_gradients)
     monkeypatch.setattr(HostInputs, "send", lambda self, x: Away(0, x.shape, x.dtype, self._micro_batch))
@@ -133,9 +136,10 @@ def stack(spec: DecoderSpec) -> Any:
     return decoder
 
 
-def most(spec: DecoderSpec, plan: list[Saving]) -> int:
+def most(spec: DecoderSpec, plan: list[Saving], dropped: bool) -> int:
     """Bytes at the fullest moment of both passes, the gradient at the stack's output included."""
-    row = Row(*torch.empty(2, 0, device=META), Documents((TOKENS,), torch.empty(2, device=META)))
+    seed = torch.empty(1, dtype=torch.int64, device=META) if dropped else None
+    row = Row(*torch.empty(2, 0, device=META), Documents((TOKENS,), torch.empty(2, device=META)), seed=seed)
     decoder = stack(spec)
 
     def hidden() -> torch.Tensor:
@@ -149,9 +153,10 @@ def most(spec: DecoderSpec, plan: list[Saving]) -> int:
         return held.peak
 
 
+@pytest.mark.parametrize("dropped", [False, True])
 @pytest.mark.parametrize("away", [LAYERS - 1, 3, 0])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_the_fullest_moment_is_the_one_that_is_planned(shape: str, away: int) -> None:
+def test_the_fullest_moment_is_the_one_that_is_planned(shape: str, away: int, dropped: bool) -> None:
     hidden, intermediate, heads = SHAPES[shape]
     spec = DecoderSpec(
         "qwen3", LAYERS, hidden, intermediate, Heads(heads, 8, 128), 1, 1e-6, True, (False, False), False
@@ -159,8 +164,8 @@ def test_the_fullest_moment_is_the_one_that_is_planned(shape: str, away: int) ->
     plan = [Saving.OFFLOAD] * away + [Saving.RECOMPUTE] * (LAYERS - 1 - away) + [Saving.KEEP]
     extra = 2 * RANK * 7
     matrix = 2 * intermediate * hidden * SIZE
-    planned = workspace(spec, TOKENS, SIZE) - matrix + launched(spec, TOKENS, SIZE, away, extra)
-    found = most(spec, plan)
+    planned = workspace(spec, TOKENS, SIZE, dropped) - matrix + launched(spec, TOKENS, SIZE, away, extra)
+    found = most(spec, plan, dropped)
     # only where all inputs but one are away the one of the layer below comes while the fullest layer computes
     coming = 0 if away == LAYERS - 1 else TOKENS * hidden * SIZE
     assert found == pytest.approx(planned - coming, rel=0.01)

@@ -68,23 +68,42 @@ def test_samples_put_together_change_nothing_but_rounding(tmp_path, job_in, rand
     assert state["loop"]["merged_tokens"] == 150
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit"])
-def test_it_resumes_with_the_same_bits(tmp_path, job_in, random_model_dir, optimizer):
+@pytest.mark.parametrize(("optimizer", "rate"), [("adamw", 0.0), ("adamw_8bit", 0.0), ("adamw", 0.2)])
+def test_it_resumes_with_the_same_bits(tmp_path, job_in, random_model_dir, optimizer, rate):
     changes = {"loop": {"optimizer": optimizer}}
-    job = job_in(tmp_path, loaded=loaded(random_model_dir, "fast"), run={"save_total_limit": 9}, **changes)
+    model = loaded(random_model_dir, "fast", lora_dropout=rate)
+    job = job_in(tmp_path, loaded=model, run={"save_total_limit": 9}, **changes)
     train(job)
     assert len(job.loaded.optimized_parameters()) == 1
     before, curve = adapter_bytes(tmp_path), losses(tmp_path)
     train(
         job_in(
             tmp_path,
-            loaded=loaded(random_model_dir, "fast"),
+            loaded=loaded(random_model_dir, "fast", lora_dropout=rate),
             run={"resume": "checkpoint-3", "save_total_limit": 9},
             **changes,
         )
     )
     assert adapter_bytes(tmp_path) == before
     assert losses(tmp_path) == curve
+
+
+def test_dropout_changes_the_curve_and_not_the_evaluation(tmp_path, job_in, random_model_dir):
+    curves = []
+    for rate in (0.0, 0.5):
+        folder = tmp_path / str(rate)
+        model = loaded(random_model_dir, "fast", lora_dropout=rate)
+        train(job_in(folder, loaded=model, run={"eval_steps": 2}))
+        curves.append([json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()])
+        ids = torch.arange(5, 25)[None]
+        with torch.no_grad():
+            same = [model.hidden_states(ids, torch.arange(20)[None], None) for _ in range(2)]
+        assert torch.equal(*same)
+    plain, dropped = curves
+    assert plain[0]["loss"] == dropped[0]["loss"]  # B is 0 at first
+    assert all(a["loss"] != b["loss"] for a, b in zip(plain[1:], dropped[1:], strict=True))
+    assert dropped[-1]["loss"] < dropped[0]["loss"] - 0.2
+    assert json.loads((tmp_path / "0.5" / "final_adapter" / "adapter_config.json").read_text())["lora_dropout"] == 0.5
 
 
 def test_another_engine_is_named_on_resume(tmp_path, job_in, random_model_dir):
@@ -118,7 +137,5 @@ def test_its_adapter_goes_into_the_other_engine(tmp_path, job_in, random_model_d
 
 
 def test_what_it_cannot_do_is_refused(random_model_dir):
-    with pytest.raises(UsageError, match="--engine fast cannot run .*lora_dropout"):
-        loaded(random_model_dir, "fast", lora_dropout=0.1)
     with pytest.raises(UsageError, match="--engine fast cannot run .*--finetuning_type full"):
         loaded(random_model_dir, "fast", finetuning_type="full")

@@ -42,6 +42,8 @@ ATTENTION = (2.5, 2500.0)
 FlashAttention-2 on an H200 3.1 times at 4,096 tokens, 3.5 at 2,048, 10 at 300."""
 HOPPER_ATTENTION = (1.2, 1500.0)
 """The same with FlashAttention-4: 1.5, 1.9 and 7.5 times."""
+PARTS_OF = (3, 1, 2, 1)
+"""Projections in each of the four fused ones; with dropout each has an input of its own."""
 UPDATE_SECONDS = 0.012
 """Of a step: clipping, optimizer, batches; mostly Python's."""
 CAPTURE_SECONDS = 2.8e-3
@@ -117,6 +119,7 @@ class FastEngine:
 
         planner = Planner(self.spec, torch.device("cuda"))
         planner.extra = 2 * sum(rank for _, _, rank in self.ranks)
+        planner.dropout = self.training.lora_dropout
         planner.budget = self.gpu.room - sum(self.resident.values()) - RESERVE
         planner.host_budget = sys.maxsize
         if self.training.low_memory:
@@ -155,13 +158,13 @@ class FastEngine:
 
     def _estimate(self, planner: Planner, tokens: int, trained: int) -> MemoryEstimate:
         from unsloth_factory.model.fast.head import CHUNK_BYTES
-        from unsloth_factory.model.fast.planner import SCATTERED, workspace
+        from unsloth_factory.model.fast.planner import SCATTERED
 
         hidden = self.training.shape.hidden
         parts = dict(self.resident)
         parts["activations"] = planner.room(tokens)
         parts["logits"] = CHUNK_BYTES + 2 * SIZE * trained * hidden
-        work = workspace(self.spec, tokens, SIZE)
+        work = planner.workspace(tokens)
         parts["workspace"] += work
         # cosines and sines; the graphs' places for input, gradient and output, or what is lost without graphs
         parts["temporaries"] = 8 * tokens * (self.training.shape.head_dim // 2)
@@ -215,6 +218,8 @@ class FastEngine:
                 moved += layers * 2 * SIZE * tokens * (inputs + outputs) / ELEMENTWISE
                 if self.training.quantized:
                     moved += layers * (forwards + 1) * inputs * outputs * (0.5 + SIZE) / DEQUANTISED
+                if self.training.lora_dropout:  # three passes over the input of each matrix, and a product's output
+                    moved += layers * 8 * SIZE * tokens * inputs * PARTS_OF[place] / ELEMENTWISE
             forwards = 2 if saving in (Saving.RECOMPUTE, Saving.OFFLOAD) else 1
             attended += layers * (forwards - 1)
             moved += layers * SIZE * tokens * _elementwise(shape, forwards) / ELEMENTWISE
@@ -257,8 +262,6 @@ def why_not_fast(training: Training) -> str | None:
         return f"--method {training.method}"
     if training.kind != "lora":
         return f"--finetuning_type {training.kind}"
-    if training.lora_dropout:
-        return "--lora_dropout"
     if shape.prequantized:
         return "weights that are stored in 4 bit"
     if shape.family not in FAMILIES or shape.mlp_bias or shape.sliding_window is not None:

@@ -14,7 +14,7 @@ from unsloth_factory.model.standard import is_prequantized
 from unsloth_factory.model.weight_files import read_json
 
 TRANSFORMERS = "transformers, peft and bitsandbytes"
-ODD_ADAPTERS = ("use_dora", "lora_bias", "modules_to_save", "lora_dropout")
+ODD_ADAPTERS = ("use_dora", "lora_bias", "modules_to_save")
 """peft's settings that the fast engine does not know."""
 
 
@@ -83,8 +83,6 @@ def why_not_fast(folder: Path, tuning: TuningSettings | None, adapter: Path | No
         return "weights that are stored in 4 bit"
     if tuning is not None and tuning.finetuning_type != "lora":
         return f"--finetuning_type {tuning.finetuning_type}"
-    if tuning is not None and tuning.lora_dropout:
-        return f"--lora_dropout {tuning.lora_dropout:g}"
     if adapter is not None:
         settings = read_json(adapter / "adapter_config.json")
         odd = [key for key in ODD_ADAPTERS if settings.get(key)]

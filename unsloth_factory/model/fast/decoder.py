@@ -7,6 +7,7 @@ matrices. Between embedding and head this module computes.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,6 +26,9 @@ from unsloth_factory.model.fast.linear import LoraPair
 from unsloth_factory.model.fast.offload import HostInputs
 from unsloth_factory.model.fast.planner import Planner
 from unsloth_factory.model.fast.spec import DecoderSpec, RotaryTable
+
+STREAMS = 4
+"""Of random numbers, for a fused projection: it has three parts at most."""
 
 
 class FastDecoder(nn.Module):
@@ -54,6 +58,8 @@ class FastDecoder(nn.Module):
         """Where the LoRA matrices lie while they train."""
         self.host_inputs = HostInputs(device)
         """Where layers of `Saving.OFFLOAD` leave their inputs."""
+        self.dropout = 0.0
+        """LoRA's, while training."""
         self.graphs: Graphs | None = None
         """On a GPU: replayed instead of launching each kernel. None launches them."""
 
@@ -61,8 +67,9 @@ class FastDecoder(nn.Module):
         """Take over the LoRA matrices that peft has put into the layers; call it after they were attached."""
         shadows: list[Shadow] = []
         self._lora_layers = [module for module in self.layers.modules() if hasattr(module, "lora_A")]
-        for names, layer in zip(self.layers, self.stack, strict=True):
-            for fused in layer.projections.values():
+        for index, (names, layer) in enumerate(zip(self.layers, self.stack, strict=True)):
+            for number, fused in enumerate(layer.projections.values()):
+                fused.stream = STREAMS * (4 * index + number)
                 modules = {part.name: names.get_submodule(part.name) for part in fused.parts}
                 shadows += fused.attach({name: _pair(m) for name, m in modules.items() if hasattr(m, "lora_A")})
         self._shadows = Shadows(shadows)
@@ -71,6 +78,8 @@ class FastDecoder(nn.Module):
         self.planner.extra = 2 * sum(fused.rank for fused in self.stack[0].projections.values())
         projections = [fused for layer in self.stack for fused in layer.projections.values()]
         self.adapter = FlatAdapter(projections, self._device)
+        self.dropout = max((pair.dropout for fused in projections for pair in fused.pairs.values()), default=0.0)
+        self.planner.dropout = self.dropout > 0
         if self._device.type == "cuda":
             self.graphs = Graphs(self)
 
@@ -149,6 +158,8 @@ class FastDecoder(nn.Module):
     def _run(self, x: torch.Tensor, row: Row) -> torch.Tensor:
         """[T, h] -> normed [T, h]"""
         if torch.is_grad_enabled() and self.lora:
+            if self.dropout and self.training:  # from the CPU's generator, which checkpoints keep
+                row = replace(row, seed=to_device(torch.randint(2**63 - 1, (1,)), self._device))
             if self.graphs is not None and self.graphs.takes(row):
                 return self.graphs.run(x, row)
             if self.graphs is not None:
@@ -238,7 +249,9 @@ class _Stack(torch.autograd.Function):
 
 
 def _pair(module: Any) -> LoraPair:
-    return LoraPair(module.lora_A["default"].weight, module.lora_B["default"].weight, module.scaling["default"])
+    a, b = module.lora_A["default"].weight, module.lora_B["default"].weight
+    rate = getattr(module.lora_dropout["default"], "p", 0.0)  # peft has a torch.nn.Identity where there is none
+    return LoraPair(a, b, module.scaling["default"], rate)
 
 
 def document_lengths(positions: torch.Tensor, rows: torch.Tensor | None, width: int | None) -> list[int]:

@@ -19,7 +19,7 @@ from unsloth_factory.kernels.launch import power_of_two
 from unsloth_factory.kernels.transfer import to_device
 from unsloth_factory.model.fast.arena import Arena
 from unsloth_factory.model.fast.layer import Row, Saving
-from unsloth_factory.model.fast.planner import STEP, available, workspace
+from unsloth_factory.model.fast.planner import STEP, available
 
 LEAST_LONGEST = 512
 """Tokens of the longest document that attention is launched for, at least."""
@@ -61,6 +61,8 @@ class _Places:
         self.tokens = tokens
         self.x, self.gradient, self.hidden = torch.zeros(3, tokens, hidden, dtype=dtype, device=device)
         self.angles = torch.zeros(2, tokens, decoder.spec.heads.size // 2, dtype=torch.float32, device=device)
+        # copied from the CPU's memory, not filled on the GPU: what is written there waits for all that runs
+        self.seed = to_device(torch.zeros(1, dtype=torch.int64), device) if decoder.dropout else None
         self.arena = Arena(decoder.planner.room(tokens), dtype, device)
 
 
@@ -76,7 +78,7 @@ class _Graph:
         borders = to_device(torch.tensor([0] + [bucket.tokens] * bucket.documents, dtype=torch.int32), self.x.device)
         lengths = (bucket.longest,) + (0,) * (bucket.documents - 1)  # of these only the longest is read
         cos, sin = places.angles[:, : bucket.tokens]
-        self.row = Row(cos, sin, Documents(lengths, borders), places.arena)
+        self.row = Row(cos, sin, Documents(lengths, borders), places.arena, places.seed)
         self.forward_graph, self.backward_graph = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
 
     def load(self, x: torch.Tensor, row: Row) -> None:
@@ -86,6 +88,9 @@ class _Graph:
         self.x[tokens:].zero_()
         self.row.cos[:tokens].copy_(row.cos)
         self.row.sin[:tokens].copy_(row.sin)
+        if self.row.seed is not None:
+            assert row.seed is not None
+            self.row.seed.copy_(row.seed)
         borders = row.documents.borders
         self.row.documents.borders[: len(borders)].copy_(borders)
         self.row.documents.borders[len(borders) :].fill_(self.bucket.tokens)
@@ -107,7 +112,12 @@ class Graphs:
         """Forward passes so far: a backward pass belongs to the last one."""
 
     def takes(self, row: Row) -> bool:
-        """Whether a micro-batch goes through graphs: not where inputs must leave the GPU, which no graph can hold."""
+        """Whether a micro-batch goes through graphs: not where inputs must leave the GPU, which no graph can hold.
+
+        Nor where dropout is switched off, which graphs were recorded with.
+        """
+        if self.decoder.dropout and row.seed is None:
+            return False
         return Saving.OFFLOAD not in self.decoder.planner.plan(Bucket.of(row.documents.lengths).tokens)
 
     def run(self, x: torch.Tensor, row: Row) -> torch.Tensor:
@@ -135,7 +145,7 @@ class Graphs:
     def make_room(self, tokens: int) -> None:
         """Before a pass without graphs: drop them where their memory is needed."""
         device = self.decoder.norm.weight.device
-        if self._graphs and available(device) - self._pooled < workspace(self.decoder.spec, tokens, 2):
+        if self._graphs and available(device) - self._pooled < self.decoder.planner.workspace(tokens):
             self.drop()
             torch.cuda.empty_cache()
 
@@ -196,7 +206,8 @@ class Graphs:
         self._by_tokens = launches_by_tokens(*kinds)
         rows = torch.zeros(STEP, x.shape[1], dtype=x.dtype, device=x.device)
         angles = torch.zeros(STEP, decoder.spec.heads.size // 2, dtype=torch.float32, device=x.device)
-        row = Row(angles, angles, Documents.of([STEP], x.device))
+        seed = to_device(torch.zeros(1, dtype=torch.int64), x.device) if decoder.dropout else None
+        row = Row(angles, angles, Documents.of([STEP], x.device), seed=seed)
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream), torch.no_grad():

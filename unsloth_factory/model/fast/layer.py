@@ -44,6 +44,8 @@ class Row:
     documents: Documents
     arena: Arena | None = None
     """Where what is kept lies; None: in memory of its own."""
+    seed: torch.Tensor | None = None
+    """int64 [1] of this micro-batch's LoRA dropout; None: nothing is dropped."""
 
 
 @dataclass
@@ -97,12 +99,12 @@ class Layer:
         middle = self._attention(x, row, saved, lora, arena if saved is not None else None)
         normed = self.normed(middle, self.norms.mlp, self.gate_up)
         room = self.gate_up.output(len(x), arena if saving is Saving.KEEP else None)
-        gate_up = self.gate_up.forward(normed, lora=lora, out=self.gate_up.y_of(room))
+        gate_up = self.gate_up.forward(normed, lora=lora, out=self.gate_up.y_of(room), seed=row.seed)
         t = _copy(self.gate_up.t_of(normed)) if saving is Saving.KEEP else None  # or it is computed again
         del normed
         activated = self._activated(gate_up)
         out = arena.take(*x.shape) if arena is not None else None
-        y = self.down.forward(activated, lora=lora, residual=middle, out=out)
+        y = self.down.forward(activated, lora=lora, residual=middle, out=out, seed=row.seed)
         if saving is None:
             return y, None
         saved = saved or Saved(x, t={})
@@ -137,14 +139,15 @@ class Layer:
         """[T, h] after attention and its residual; fills `saved`, from the arena if there is one."""
         heads = self.spec.heads
         normed = self.normed(x, self.norms.attention, self.qkv)
-        qkv = self.qkv.forward(normed, lora=lora, out=self.qkv.y_of(self.qkv.output(len(x), arena)))
+        room = self.qkv.y_of(self.qkv.output(len(x), arena))
+        qkv = self.qkv.forward(normed, lora=lora, out=room, seed=row.seed)
         q, k = rotary.rotary(qkv, row.cos, row.sin, heads, self.norms.head)
         attended = attention.attention(q, k, rotary.split(qkv, heads)[2], row.documents)
         del q, k
         wide = self.out.input(len(x), arena)
         self.out.x_of(wide).copy_(attended.out.flatten(1))
         out = arena.take(*x.shape) if arena is not None else None
-        middle = self.out.forward(wide, lora=lora, residual=x, out=out)
+        middle = self.out.forward(wide, lora=lora, residual=x, out=out, seed=row.seed)
         if saved is not None:
             assert saved.t is not None
             # the projection's input is kept in the place of the kernel's output
@@ -166,28 +169,29 @@ class Layer:
         """
         if saved.qkv is None:
             self._attention(saved.x, row, saved, lora=True, arena=None)
-        dmiddle = self._mlp_backward(dy, saved)
+        dmiddle = self._mlp_backward(dy, saved, row.seed)
         saved.middle = None
         return self._attention_backward(dmiddle, saved, row, below)
 
-    def _mlp_backward(self, dy: torch.Tensor, saved: Saved) -> torch.Tensor:
+    def _mlp_backward(self, dy: torch.Tensor, saved: Saved, seed: torch.Tensor | None) -> torch.Tensor:
         """Gradient at the residual between attention and MLP, in `out.output`."""
         assert saved.middle is not None
         assert saved.t is not None
         normed = self.normed(saved.middle, self.norms.mlp, self.gate_up)
         gate_up, t = saved.gate_up, saved.t["gate_up"]
         if gate_up is None:
-            gate_up = self.gate_up.forward(normed, out=self.gate_up.y_of(self.gate_up.output(len(normed))))
+            room = self.gate_up.y_of(self.gate_up.output(len(normed)))
+            gate_up = self.gate_up.forward(normed, out=room, seed=seed)
             t = self.gate_up.t_of(normed)
         saved.gate_up = None
-        dh = self.down.input_gradient(dy)
+        dh = self.down.input_gradient(dy, seed)
         h = swiglu.swiglu_backward(dh, gate_up)  # in dh's memory
         del dh
-        self.down.add_gradients(dy, h, saved.t["down"])
+        self.down.add_gradients(dy, h, saved.t["down"], seed)
         del h
         dgate_up = _room(gate_up, self.gate_up)
-        dnormed = self.gate_up.input_gradient(dgate_up)
-        self.gate_up.add_gradients(dgate_up, self.gate_up.x_of(normed), t)
+        dnormed = self.gate_up.input_gradient(dgate_up, seed)
+        self.gate_up.add_gradients(dgate_up, self.gate_up.x_of(normed), t, seed)
         del gate_up, dgate_up, normed, t
         dmiddle = self.out.output(len(dy))
         rms_norm.rms_norm_backward(
@@ -204,8 +208,8 @@ class Layer:
         assert saved.attended is not None
         assert saved.t is not None
         heads = self.spec.heads
-        dattended = self.out.input_gradient(dmiddle)
-        self.out.add_gradients(dmiddle, saved.attended.out.flatten(1), saved.t["out"])
+        dattended = self.out.input_gradient(dmiddle, row.seed)
+        self.out.add_gradients(dmiddle, saved.attended.out.flatten(1), saved.t["out"], row.seed)
         q, k = rotary.rotary(saved.qkv, row.cos, row.sin, heads, self.norms.head)
         v = rotary.split(saved.qkv, heads)[2]
         gradients = attention.attention_backward(dattended.view(q.shape), q, k, v, saved.attended, row.documents)
@@ -218,10 +222,10 @@ class Layer:
         normed = rms_norm.rms_norm(saved.x, self.norms.attention, self.spec.eps)
         if below is None:
             self.qkv.adapter_gradient(dqkv)
-            self.qkv.add_gradients(dqkv, normed, saved.t["qkv"])
+            self.qkv.add_gradients(dqkv, normed, saved.t["qkv"], row.seed)
             return None
-        dnormed = self.qkv.input_gradient(dqkv)
-        self.qkv.add_gradients(dqkv, normed, saved.t["qkv"])
+        dnormed = self.qkv.input_gradient(dqkv, row.seed)
+        self.qkv.add_gradients(dqkv, normed, saved.t["qkv"], row.seed)
         dx = below.output(len(normed))
         rms_norm.rms_norm_backward(
             dnormed, saved.x, self.norms.attention, self.spec.eps,

@@ -42,6 +42,8 @@ class Planner:
         """Bytes for activations and workspace; measured at the first plan, so that equal micro-batches stay equal."""
         self.extra = 0
         """Numbers a token and layer that LoRA adds to what is kept."""
+        self.dropout = False
+        """LoRA dropout, which needs room for what it has left of a projection's input."""
         self.arena: int | None = None
         """Bytes for activations, once their place has been allocated."""
         self.offloads_all = False
@@ -94,7 +96,11 @@ class Planner:
             ROUNDING + 2 * count * self.spec.layers * saved_numbers(self.spec, saving, self.extra)
             for saving, count in ((Saving.RECOMPUTE, tokens), (Saving.KEEP, max(tokens, MOST_TOKENS)))
         )
-        return max(min(self._memory() - workspace(self.spec, tokens, 2), most), least)
+        return max(min(self._memory() - self.workspace(tokens), most), least)
+
+    def workspace(self, tokens: int) -> int:
+        """Bytes that one layer's backward pass needs at its peak beside its input."""
+        return workspace(self.spec, tokens, 2, self.dropout)
 
     def _memory(self) -> int:
         if self.budget is None:
@@ -124,7 +130,7 @@ class Planner:
 
     def _too_many(self, tokens: int) -> int:
         """The fewest layers without whose inputs a micro-batch fits, or all but the last."""
-        spec, memory, work = self.spec, self._memory(), workspace(self.spec, tokens, 2)
+        spec, memory, work = self.spec, self._memory(), self.workspace(tokens)
         # every input, and in the reserve logits and what goes into the graphs and comes out (half of it is workspace)
         recomputed = ROUNDING + 2 * tokens * spec.hidden * (spec.layers + 2) + CHUNK_BYTES
         if recomputed + work <= memory + RESERVE - GAPS:
@@ -188,7 +194,7 @@ def saved_numbers(spec: DecoderSpec, saving: Saving, extra: int = 0) -> int:
     return numbers[saving]
 
 
-def workspace(spec: DecoderSpec, tokens: int, size: int) -> int:
+def workspace(spec: DecoderSpec, tokens: int, size: int, dropout: bool = False) -> int:
     """Bytes that one layer's backward pass needs at its peak beside its input.
 
     That is in the MLP or, where heads are many for the hidden size, in the attention of a recomputed layer; with it one
@@ -197,6 +203,7 @@ def workspace(spec: DecoderSpec, tokens: int, size: int) -> int:
     queries, keys = spec.heads.queries * spec.heads.size, spec.heads.keys * spec.heads.size
     # what attention has made, its normed output, gate and up, their output's gradient, and the gradient from above
     mlp = spec.heads.width + queries + 2 * spec.heads.queries + 3 * spec.hidden + 3 * spec.intermediate
+    mlp += spec.intermediate * dropout  # the down projection's input without what is dropped
     # q, k, v and attention's output as they are kept and as the kernel wants them; two gradients of hidden size, those
     # of attention's output and of q, k, v; within the kernel that of q in float32, of k and v for every query head
     attention = 2 * spec.heads.width + 3 * queries + (queries + keys) + 2 * spec.hidden + 4 * queries

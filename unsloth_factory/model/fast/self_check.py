@@ -20,6 +20,8 @@ LENGTHS = (150, 1, 80)
 """Tokens of the documents: odd, not a multiple of any block, one of a single token."""
 SCALE = 1e-3
 """Of the layer's input: norms take it away, so that what the layer adds is not hidden behind what it was given."""
+SEED = 2**40 + 5
+"""Of LoRA dropout; kernel and twin drop the same numbers."""
 LIMIT = 0.05
 """Relative error of a whole tensor. bfloat16 alone makes 0.004 to 0.02, a wrong kernel 0.1 to 1."""
 
@@ -55,7 +57,8 @@ def _compared(decoder: Any) -> str | None:
     decoder.randomize_shadows(generator)  # B begins at 0, and so would the gradient of A
     x, dy = torch.randn(2, sum(LENGTHS), hidden, generator=generator, device=device).mul_(SCALE).to(dtype)
     cos, sin = decoder.table.of(torch.cat([torch.arange(length, device=device) for length in LENGTHS]))
-    row = Row(cos, sin, Documents.of(list(LENGTHS), device))
+    seed = torch.full((1,), SEED, dtype=torch.int64, device=device) if decoder.dropout else None
+    row = Row(cos, sin, Documents.of(list(LENGTHS), device), seed=seed)
     kernels = _one_layer(decoder, x, dy, row)
     with twins_only():
         plain = _one_layer(decoder, x, dy, row)
