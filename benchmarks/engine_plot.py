@@ -68,14 +68,15 @@ def label(line: Line) -> str:
 
 
 def draw(lines: Sequence[Line], target: Path) -> None:
-    """Two panels, tokens a second and memory against length; a cross where memory ran out."""
+    """Tokens a second and memory against length, a cross where memory ran out; below, if measured, against layers."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12, 5))
-    figure.subplots_adjust(left=0.07, right=0.98, top=0.92, bottom=0.12, wspace=0.18)
+    depths = by_depth(lines)
+    figure = Figure(figsize=(12, 10 if depths else 5), layout="constrained")
     canvas = FigureCanvasAgg(figure)
-    panels = figure.subplots(1, 2)
+    rows = figure.subplots(2 if depths else 1, 2, squeeze=False)
+    panels = rows[0]
     titles = ("tokens a second", "memory of the GPU, GiB reserved")
     for axes, key, title in zip(panels, ("tokens_per_second", "peak_gib"), titles, strict=True):
         for name, of in curves(lines).items():
@@ -88,7 +89,9 @@ def draw(lines: Sequence[Line], target: Path) -> None:
     caps = {line["cap_gib"] for of in curves(lines).values() for line in of if line["cap_gib"]}
     for gib in caps:
         panels[1].axhline(gib, color="black", linestyle=":", linewidth=1, label=f"limit, {gib} GiB")
-    for axes in panels:
+    if depths:
+        _against_layers(rows[1], depths)
+    for axes in rows.flat:
         axes.set_ylim(bottom=0)
         axes.legend(loc="best", fontsize=8)
     buffer = io.BytesIO()
@@ -108,6 +111,32 @@ def _curve(axes: Any, name: str, lines: Sequence[Line], key: str) -> None:
     if ends:
         height = fits[-1][key] if fits else 0
         axes.plot(ends[:1], [height], "x", color=color, markersize=9, markeredgewidth=2, label=f"{name}: out of memory")
+
+
+def by_depth(lines: Sequence[Line]) -> dict[tuple[str, int], list[Line]]:
+    """(label, tokens) -> lines by layers, of what was measured at more than one depth."""
+    found: dict[tuple[str, int], list[Line]] = {}
+    for line in lines:
+        if line["what"] == "lengths" and line.get("tokens_per_second"):
+            found.setdefault((label(line), line["tokens"]), []).append(line)
+    ordered = {key: sorted(of, key=lambda line: line["layers"]) for key, of in found.items()}
+    return {key: of for key, of in ordered.items() if len({line["layers"] for line in of}) > 1}
+
+
+def _against_layers(panels: Sequence[Any], depths: dict[tuple[str, int], list[Line]]) -> None:
+    """Microseconds a token, which should be a straight line, and memory."""
+    for number, ((name, tokens), of) in enumerate(depths.items()):
+        layers = [line["layers"] for line in of]
+        microseconds, memory = [1e6 / line["tokens_per_second"] for line in of], [line["peak_gib"] for line in of]
+        for axes, values in zip(panels, (microseconds, memory), strict=True):
+            style = ("o-", "s--", "^:", "v-.")[number % 4]
+            color = COLORS.get(of[0]["rival"], "black")
+            axes.plot(layers, values, style, color=color, markersize=4, label=f"{name}, {tokens:,} tokens")
+    for axes, title in zip(panels, ("microseconds a token", "memory of the GPU, GiB reserved"), strict=True):
+        axes.set(title=title, xlabel="layers")
+        axes.set_xticks(sorted({line["layers"] for of in depths.values() for line in of}))
+        axes.set_xlim(left=0)
+        axes.grid(alpha=0.3)
 
 
 def short(tokens: int) -> str:

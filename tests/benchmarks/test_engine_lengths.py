@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 from benchmarks import engine, engine_lengths, engine_plot, engine_rivals
 from benchmarks.engine_models import depth, shortened
@@ -201,9 +202,21 @@ def test_of_a_figure_taken_twice_the_later_counts(tmp_path):
     assert [line["tokens_per_second"] for line in found if line.get("tokens") == 512] == [1, 1]
 
 
-def test_a_curve_ends_in_a_cross(tmp_path):
-    from matplotlib.figure import Figure
+def test_depths_are_drawn_where_there_are_several(tmp_path):
+    lines = made_lines()
+    found = engine_plot.by_depth(lines)
+    assert {key: [line["layers"] for line in of] for key, of in found.items()} == {
+        ("uf, engine fast", 2048): [9, 36],
+        ("Unsloth", 2048): [9, 36],
+    }
+    panels = Figure().subplots(1, 2)
+    engine_plot._against_layers(panels, found)
+    assert list(panels[0].lines[0].get_ydata()) == [pytest.approx(1e6 / 60_000), pytest.approx(1e6 / 14_744)]
+    assert list(panels[1].lines[0].get_ydata()) == [3.0, 6.5]
+    assert engine_plot.by_depth([line for line in lines if line.get("layers") == 36]) == {}
 
+
+def test_a_curve_ends_in_a_cross(tmp_path):
     axes = Figure().subplots()
     of = engine_plot.curves(made_lines())["Unsloth"]
     engine_plot._curve(axes, "Unsloth", of, "peak_gib")
