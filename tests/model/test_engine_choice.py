@@ -45,7 +45,10 @@ def test_auto_takes_the_fast_engine_where_it_can(random_model_dir: Path) -> None
     [
         ({"prefers": "standard"}, "transformers, peft and bitsandbytes"),
         ({"device": torch.device("cpu")}, "without a GPU"),
-        ({"tuning": {"finetuning_type": "full"}}, "--finetuning_type full"),
+        (
+            {"tuning": {"finetuning_type": "full"}},
+            "not measured with --finetuning_type full yet",
+        ),
     ],
 )
 def test_auto_says_why_not(random_model_dir: Path, changes: dict[str, Any], why: str) -> None:
@@ -100,14 +103,19 @@ def test_memory_that_runs_out_in_the_look_is_said(random_model_dir: Path, monkey
 # --- the look at what this machine's kernels compute
 
 
-def fast(folder: Path) -> LoadedModel:
+KINDS = [{}, {"lora_dropout": 0.2}, {"finetuning_type": "full"}, {"finetuning_type": "freeze", "freeze_last_n": 1}]
+
+
+def fast(folder: Path, **tuning: Any) -> LoadedModel:
     return load_model(
-        ModelSettings(model=str(folder), engine="fast"), quantization_bit=4, dtype=torch.float32, for_training=True
-    )
+        ModelSettings(model=str(folder), engine="fast"), quantization_bit=None if "finetuning_type" in tuning else 4,
+        dtype=torch.float32, for_training=True, tuning=TuningSettings(**tuning),
+    )  # fmt: skip
 
 
-def test_sound_kernels_leave_no_trace(random_model_dir: Path) -> None:
-    loaded = fast(random_model_dir)
+@pytest.mark.parametrize("tuning", KINDS)
+def test_sound_kernels_leave_no_trace(random_model_dir: Path, tuning: dict[str, Any]) -> None:
+    loaded = fast(random_model_dir, **tuning)
     decoder = loaded.decoder
     before = [place.clone() for place in decoder.adapter.snapshot()]
     ids, positions = torch.arange(5, 25)[None], torch.arange(20)[None]
@@ -130,13 +138,12 @@ def _wrong_on_the_gpu(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(swiglu, name, wrong)
 
 
-@pytest.mark.parametrize(
-    ("kernel", "what"), [("swiglu", "output"), ("swiglu_backward", "gradient 0 of down's adapter")]
-)
+@pytest.mark.parametrize(("kernel", "what"), [("swiglu", "output"), ("swiglu_backward", "gradient 0 in down")])
+@pytest.mark.parametrize("tuning", KINDS)
 def test_a_wrong_kernel_is_noticed(
-    random_model_dir: Path, monkeypatch: pytest.MonkeyPatch, kernel: str, what: str
+    random_model_dir: Path, monkeypatch: pytest.MonkeyPatch, tuning: dict[str, Any], kernel: str, what: str
 ) -> None:
-    loaded = fast(random_model_dir)
+    loaded = fast(random_model_dir, **tuning)
     _wrong_on_the_gpu(kernel, monkeypatch)
     assert f"the {what} of a layer is off by" in str(self_check.problem(loaded.decoder))
 

@@ -7,19 +7,24 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from unsloth_factory.config.settings import TuningSettings
+from unsloth_factory.config.settings import ModelSettings, TuningSettings
 from unsloth_factory.kernels.attention import Documents
 from unsloth_factory.kernels.dropout import twin
 from unsloth_factory.kernels.rotary import Heads
+from unsloth_factory.model import tuning
+from unsloth_factory.model.fast import trained
 from unsloth_factory.model.fast.arena import Arena
 from unsloth_factory.model.fast.decoder import STREAMS
 from unsloth_factory.model.fast.embedding import HostEmbedding
 from unsloth_factory.model.fast.graphs import Bucket
+from unsloth_factory.model.fast.head import cross_entropy_sum
 from unsloth_factory.model.fast.layer import Row, Saving
 from unsloth_factory.model.fast.load import FUSED, FolderWeights, load_fast
 from unsloth_factory.model.fast.planner import divide, saved_numbers
 from unsloth_factory.model.fast.spec import DecoderSpec, why_not
+from unsloth_factory.model.load import load_model
 from unsloth_factory.model.lora import attach_lora
 from unsloth_factory.model.standard import load_base
 
@@ -56,7 +61,7 @@ def run(model: Any, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict
     weights = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(2))
     mask = inputs.get("attention_mask", torch.ones(hidden.shape[:2]))
     (hidden * weights * mask[..., None]).sum().backward()
-    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     return hidden.detach() * mask[..., None], gradients
 
 
@@ -74,6 +79,106 @@ def same(first: tuple[Any, Any], second: tuple[Any, Any], tolerance: float = 2e-
 def test_gradients_of_packed_rows(family_dir, family):
     standard, fast = both(family_dir(family))
     same(run(fast, packed_inputs()), run(standard, packed_inputs()))
+
+
+def both_trained(folder: Path, last_n: int | None) -> tuple[Any, Any]:
+    """Full or freeze fine-tuning by both engines, in float32."""
+    from transformers import AutoConfig
+
+    standard = load_base(folder, quantization_bit=None, device=CPU, dtype=torch.float32)
+    fast = load_fast(FolderWeights(folder, CPU, torch.float32), AutoConfig.from_pretrained(folder), quantized=False)
+    if last_n is None:
+        tuning.train_all(standard)
+        trained.train_all(fast, torch.float32)
+    else:
+        tuning.train_last_layers(standard, last_n)
+        trained.train_last_layers(fast, last_n, torch.float32)
+    fast.model.bind()
+    for model in (standard, fast):
+        model.get_base_model = lambda model=model: model
+        for name, parameter in model.named_parameters():
+            if "norm" in name and parameter.requires_grad:  # 1 everywhere hides what forgets them
+                values = torch.rand(parameter.shape, generator=torch.Generator().manual_seed(len(name))) + 0.5
+                parameter.data.copy_(values)
+    return standard.train(), fast.train()
+
+
+@pytest.mark.parametrize("last_n", [None, 1, 2])
+@pytest.mark.parametrize("family", ["qwen3", "qwen2", "llama", "mistral"])
+def test_gradients_of_the_weights_themselves(family_dir, family, last_n):
+    standard, fast = both_trained(family_dir(family), last_n)
+    wanted, found = run(standard, packed_inputs()), run(fast, packed_inputs())
+    head = found[1].pop("lm_head.weight", None)  # no part of what `run` computes
+    assert head is None or not head.any()
+    same(found, wanted)
+    trains = {name for name, p in fast.named_parameters() if p.requires_grad}
+    assert trains == {name for name, p in standard.named_parameters() if p.requires_grad}
+    assert set(found[1]) == trains - {"lm_head.weight"}
+
+
+def test_gradient_of_the_head():
+    hidden, weight, targets = torch.randn(20, 8), torch.randn(30, 8), torch.arange(20)
+    found = []
+    for chunk in (None, 4 * 30 * 7):  # torch's own, and seven rows at a time
+        inputs = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
+        if chunk is None:
+            loss = F.cross_entropy(inputs[0] @ inputs[1].T, targets, reduction="sum")
+        else:
+            loss = cross_entropy_sum(inputs[0], inputs[1], targets, chunk)
+        found.append((loss, *torch.autograd.grad(loss * 0.3, inputs)))
+    for ours, theirs in zip(*found, strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("saving", list(Saving))
+def test_gradients_of_the_weights_are_bit_equal_whatever_is_kept(random_model_dir, saving):
+    _, fast = both_trained(random_model_dir, None)
+    kept = run(fast, packed_inputs())
+    fast.model.planner.forced = saving
+    again = run(fast, packed_inputs())
+    assert all(torch.equal(kept[1][name], again[1][name]) for name in kept[1])
+
+
+def test_trained_weights_add_gradients_up_and_compute_in_16_bit(random_model_dir):
+    from transformers import AutoConfig
+
+    weights = FolderWeights(random_model_dir, CPU, torch.float32)
+    fast = load_fast(weights, AutoConfig.from_pretrained(random_model_dir), quantized=False)
+    trained.train_all(fast, torch.bfloat16)
+    inputs = packed_inputs()
+    hidden = fast.model(**inputs).last_hidden_state
+    assert hidden.dtype == torch.bfloat16
+    hidden.float().square().sum().backward()
+    once = {name: p.grad.clone() for name, p in fast.named_parameters()}
+    fast.model(**inputs).last_hidden_state.float().square().sum().backward()
+    for name, gradient in once.items():
+        assert gradient.dtype == torch.float32
+        assert gradient.any() or name == "lm_head.weight", name
+        assert torch.allclose(fast.get_parameter(name).grad, 2 * gradient, rtol=1e-5, atol=1e-6), name
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def test_trained_weights_in_bfloat16_are_about_as_exact_as_by_torch(family_dir, family):
+    """torch's autocast leaves hidden states between layers in float32, the fast engine has them in 16 bit."""
+
+    def gradients(engine: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        loaded = load_model(
+            ModelSettings(model=str(family_dir(family)), engine=engine), dtype=dtype, for_training=True,
+            tuning=TuningSettings(finetuning_type="full"), device=CPU,
+        )  # fmt: skip
+        loaded.model.train()
+        inputs = packed_inputs()
+        hidden = loaded.hidden_states(inputs["input_ids"], inputs["position_ids"], None)
+        with loaded.autocast():
+            loaded.lm_head(hidden).float().square().mean().backward()
+        return {name: p.grad for name, p in loaded.model.named_parameters()}
+
+    reference = gradients("standard", torch.float32)
+    standard, fast = (gradients(engine, torch.bfloat16) for engine in ("standard", "fast"))
+    for name, wanted in reference.items():
+        assert fast[name].dtype == torch.float32
+        ours, theirs = ((found[name] - wanted).norm() / wanted.norm() for found in (fast, standard))
+        assert ours <= 1.6 * theirs + 5e-3, name
 
 
 DROPPED = TuningSettings(lora_r=4, lora_alpha=8, lora_dropout=0.3)

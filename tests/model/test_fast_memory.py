@@ -130,8 +130,9 @@ def stack(spec: DecoderSpec) -> Any:
         for _ in range(LAYERS)
     ]  # fmt: skip
     decoder: Any = SimpleNamespace(
-        stack=layers, host_inputs=HostInputs(META), norm=SimpleNamespace(weight=weight), spec=spec
-    )
+        stack=layers, host_inputs=HostInputs(META), norm=SimpleNamespace(weight=weight), spec=spec, first_trained=0,
+        embed_tokens=SimpleNamespace(weight=weight),
+    )  # fmt: skip
     decoder._fetch = lambda saved: FastDecoder._fetch(decoder, saved)
     return decoder
 

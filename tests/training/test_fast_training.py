@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from training_jobs import CPU, pairs
 
-from unsloth_factory.config.errors import UsageError, UserError
+from unsloth_factory.config.errors import UserError
 from unsloth_factory.config.settings import ModelSettings, TuningSettings
 from unsloth_factory.model.load import load_model
 from unsloth_factory.model.loaded import LoadedModel
@@ -136,6 +137,46 @@ def test_its_adapter_goes_into_the_other_engine(tmp_path, job_in, random_model_d
     assert torch.allclose(*hidden, atol=1e-4)
 
 
+TUNINGS = [{"finetuning_type": "full"}, {"finetuning_type": "freeze", "freeze_last_n": 1}]
+
+
+@pytest.mark.parametrize("tuning", TUNINGS)
+def test_the_curve_of_trained_weights_is_that_of_the_standard_engine(tmp_path, job_in, random_model_dir, tuning):
+    files = {}
+    for engine in ("standard", "fast"):
+        model = loaded(random_model_dir, engine, **tuning)
+        rate = {"learning_rate": 1e-3}
+        train(job_in(tmp_path / engine, loaded=model, tuning=TuningSettings(**tuning), loop=rate))
+        files[engine] = load_file(tmp_path / engine / "final_model" / "model.safetensors")
+    assert losses(tmp_path / "fast") == pytest.approx(losses(tmp_path / "standard"), rel=2e-4)
+    base = load_file(random_model_dir / "model.safetensors")
+    assert files["fast"].keys() == files["standard"].keys() == base.keys()
+    for name, tensor in files["standard"].items():
+        assert torch.allclose(files["fast"][name].float(), tensor.float(), atol=2e-3), name
+        trains = tuning["finetuning_type"] == "full" or "layers.1." in name
+        moved = (files["fast"][name].float() - base[name].to(tensor.dtype).float()).abs().max()
+        assert (moved > 0) == trains, name
+
+
+@pytest.mark.parametrize("tuning", TUNINGS)
+def test_trained_weights_resume_with_the_same_bits(tmp_path, job_in, random_model_dir, tuning):
+    def job(**run: Any) -> Any:
+        model = loaded(random_model_dir, "fast", **tuning)
+        return job_in(
+            tmp_path, loaded=model, tuning=TuningSettings(**tuning), loop={"learning_rate": 1e-3},
+            run={"save_total_limit": 9, **run},
+        )  # fmt: skip
+
+    train(job())
+    path = tmp_path / "final_model" / "model.safetensors"
+    before, curve = path.read_bytes(), losses(tmp_path)
+    train(job(resume="checkpoint-3"))
+    assert path.read_bytes() == before
+    assert losses(tmp_path) == curve
+
+
 def test_what_it_cannot_do_is_refused(random_model_dir):
-    with pytest.raises(UsageError, match="--engine fast cannot run .*--finetuning_type full"):
-        loaded(random_model_dir, "fast", finetuning_type="full")
+    with pytest.raises(UserError, match="the model has 2 layers. Give at most 2"):
+        loaded(random_model_dir, "fast", finetuning_type="freeze", freeze_last_n=3)
+    with pytest.raises(UserError, match="cannot train themselves"):
+        loaded(random_model_dir, "fast", finetuning_type="full", quantization_bit=4)

@@ -156,6 +156,21 @@ def rotary_backward(
     return qkv.copy_(twin_backward(gradients, qkv, cos, sin, heads, norm))
 
 
+def head_norm_gradients(
+    gradients: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    qkv: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    heads: Heads,
+    norm: HeadNorm,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of both weights of the head norm, float32 [D]; for full fine-tuning alone, so plain torch is enough."""
+    q, k, _ = split(qkv, heads)
+    dq, dk = (_turn(one.float(), cos, -sin).flatten(0, 1) for one in gradients[:2])
+    queries = rms_norm.weight_gradient(dq, q.flatten(0, 1), norm.eps)
+    return queries, rms_norm.weight_gradient(dk, k.flatten(0, 1), norm.eps)
+
+
 def _grid(heads: Heads, rows: int) -> dict[str, int]:
     block = power_of_two(rows)
     half = power_of_two(heads.size // 2)

@@ -55,6 +55,9 @@ def choose_engine(
         reason = _why_not_here(device) or why_not_fast(folder, tuning, adapter, quantized=quantized)
         if reason is not None:
             return "standard", f"{TRANSFORMERS}; the fast engine cannot run {reason}"
+        if tuning is not None and tuning.finetuning_type != "lora":
+            kind = f"--finetuning_type {tuning.finetuning_type}"
+            return "standard", f"{TRANSFORMERS}; the fast engine was not measured with {kind} yet, and runs by name"
         return "fast", "exact, and the quickest for this model; its kernels were checked on this GPU just now"
     state = ""
     if requested == "unsloth":
@@ -81,8 +84,6 @@ def why_not_fast(folder: Path, tuning: TuningSettings | None, adapter: Path | No
 
     if is_prequantized(folder):
         return "weights that are stored in 4 bit"
-    if tuning is not None and tuning.finetuning_type != "lora":
-        return f"--finetuning_type {tuning.finetuning_type}"
     if adapter is not None:
         settings = read_json(adapter / "adapter_config.json")
         odd = [key for key in ODD_ADAPTERS if settings.get(key)]

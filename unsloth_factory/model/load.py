@@ -25,7 +25,7 @@ from unsloth_factory.model.lora import attach_lora, load_adapter
 from unsloth_factory.model.noise import quiet_libraries
 from unsloth_factory.model.paths import resolve_model
 from unsloth_factory.model.standard import is_prequantized, load_base, load_tokenizer
-from unsloth_factory.model.tuning import train_all, train_last_layers
+from unsloth_factory.model.tuning import check_layers, train_all, train_last_layers
 from unsloth_factory.model.weight_files import read_json, shard_paths
 
 
@@ -122,7 +122,10 @@ def _load(
     with quiet_libraries():
         read: Callable[..., Any] = load_base
         if engine == "fast":
-            read = partial(_read_fast, trains=for_training, low_memory=settings.low_memory)
+            keeps_embedding = tunes_base and tuning.finetuning_type == "full"
+            read = partial(
+                _read_fast, trains=for_training, low_memory=settings.low_memory, keeps_embedding=keeps_embedding
+            )
         model = _load_within_memory(read, folder, quantization_bit, device, stored)
         loaded = LoadedModel(
             model=model,
@@ -201,6 +204,7 @@ def _read_fast(
     dtype: torch.dtype,
     trains: bool,
     low_memory: bool,
+    keeps_embedding: bool,
 ) -> Any:
     """The fast engine's model."""
     from transformers import AutoConfig
@@ -211,7 +215,7 @@ def _read_fast(
     config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
     weights = FolderWeights(folder, device, dtype)
     # Training can wait for rows of the embedding to come from the CPU, a word after the other cannot.
-    host_embedding = low_memory or (trains and is_small(device))
+    host_embedding = not keeps_embedding and (low_memory or (trains and is_small(device)))
     return load_fast(
         weights, config, quantized=quantization_bit is not None, host_embedding=host_embedding, recompute=low_memory
     )
@@ -243,6 +247,8 @@ def _prepare(loaded: LoadedModel, adapter: Path | None, tuning: TuningSettings, 
     elif for_training and tuning.finetuning_type == "lora":
         loaded.model = attach_lora(loaded.model, tuning, seed)
         loaded.has_adapter = True
+    elif for_training and loaded.engine == "fast":
+        _train_weights_fast(loaded, tuning)
     elif for_training and tuning.finetuning_type == "full":
         train_all(loaded.model)
     elif for_training:
@@ -252,3 +258,13 @@ def _prepare(loaded: LoadedModel, adapter: Path | None, tuning: TuningSettings, 
     if for_training and loaded.device.type == "cuda":
         loaded.set_gradient_checkpointing(True)
     loaded.model.eval()
+
+
+def _train_weights_fast(loaded: LoadedModel, tuning: TuningSettings) -> None:
+    from unsloth_factory.model.fast import trained
+
+    if tuning.finetuning_type == "full":
+        trained.train_all(loaded.model, loaded.dtype)
+    else:
+        check_layers(tuning.freeze_last_n, len(loaded.decoder.stack))
+        trained.train_last_layers(loaded.model, tuning.freeze_last_n, loaded.dtype)

@@ -69,7 +69,7 @@ class LoadedModel:
         """
         if self.dtype == torch.float32:
             return nullcontext()
-        if self.engine == "fast":  # casts by itself
+        if self.engine == "fast" and self.lm_head.weight.dtype == self.dtype:  # its decoder casts by itself
             return nullcontext()
         mixed = self.has_adapter or any(p.requires_grad for p in self.model.parameters())
         return torch.autocast(self.device.type, dtype=self.dtype) if mixed else nullcontext()

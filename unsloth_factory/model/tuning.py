@@ -32,8 +32,7 @@ def train_last_layers(model: nn.Module, last_n: int) -> list[str]:
     """
     indices = {name: _layer_index(name) for name, _ in model.named_parameters()}
     count = 1 + max((index for index in indices.values() if index is not None), default=-1)
-    if last_n > count:
-        raise UserError(f"--freeze_last_n {last_n}: the model has {count} layers. Give at most {count}.")
+    check_layers(last_n, count)
     model.requires_grad_(False)
     trained = []
     for name, parameter in model.named_parameters():
@@ -43,6 +42,16 @@ def train_last_layers(model: nn.Module, last_n: int) -> list[str]:
             parameter.requires_grad_(True)
             trained.append(name)
     return trained
+
+
+def check_layers(last_n: int, count: int) -> None:
+    """Refuse to train more layers than a model has.
+
+    Raises:
+        UserError: It has fewer.
+    """
+    if last_n > count:
+        raise UserError(f"--freeze_last_n {last_n}: the model has {count} layers. Give at most {count}.")
 
 
 def _layer_index(name: str) -> int | None:

@@ -21,11 +21,12 @@ from unsloth_factory.model.fast.cached import cached_forward
 from unsloth_factory.model.fast.embedding import HostEmbedding
 from unsloth_factory.model.fast.flat import FlatAdapter
 from unsloth_factory.model.fast.graphs import Graphs
-from unsloth_factory.model.fast.layer import Layer, Row, Saved, Saving
+from unsloth_factory.model.fast.layer import Layer, Row, Saved, Saving, add_norm_gradient
 from unsloth_factory.model.fast.linear import LoraPair
 from unsloth_factory.model.fast.offload import HostInputs
 from unsloth_factory.model.fast.planner import Planner
 from unsloth_factory.model.fast.spec import DecoderSpec, RotaryTable
+from unsloth_factory.model.fast.trained import TrainedWeights
 
 STREAMS = 4
 """Of random numbers, for a fused projection: it has three parts at most."""
@@ -54,8 +55,10 @@ class FastDecoder(nn.Module):
         self._lora_layers: list[Any] = []
         self._shadows = Shadows([])
         self._device = device
-        self.adapter = FlatAdapter([], device)
-        """Where the LoRA matrices lie while they train."""
+        self.adapter: FlatAdapter | TrainedWeights = FlatAdapter([], device)
+        """Where the LoRA matrices lie while they train; or the weights that train themselves."""
+        self.first_trained = 0
+        """The layers below it neither train nor let a gradient through."""
         self.host_inputs = HostInputs(device)
         """Where layers of `Saving.OFFLOAD` leave their inputs."""
         self.dropout = 0.0
@@ -99,6 +102,11 @@ class FastDecoder(nn.Module):
         self.planner.tighten()
 
     @property
+    def trains_itself(self) -> bool:
+        """Full or freeze fine-tuning."""
+        return isinstance(self.adapter, TrainedWeights)
+
+    @property
     def lora(self) -> bool:
         """There is an adapter, and it is switched on."""
         return bool(self._lora_layers) and not self._lora_layers[0].disable_adapters
@@ -125,10 +133,11 @@ class FastDecoder(nn.Module):
         from transformers.modeling_outputs import BaseModelOutputWithPast as Output
 
         self.refresh_shadows()
-        if past_key_values is not None:
-            hidden = cached_forward(self, input_ids, position_ids, attention_mask, past_key_values)
-        else:
-            hidden = self._whole(input_ids, position_ids, attention_mask)
+        with torch.autocast(self._device.type, enabled=False):  # which may be on for the sake of a trained head
+            if past_key_values is not None:
+                hidden = cached_forward(self, input_ids, position_ids, attention_mask, past_key_values)
+            else:
+                hidden = self._whole(input_ids, position_ids, attention_mask)
         output: Any = Output
         return output(last_hidden_state=hidden, past_key_values=past_key_values)
 
@@ -152,12 +161,13 @@ class FastDecoder(nn.Module):
         return spread.index_copy(0, to_device(real, device), hidden).view(batch, width, -1)
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
-        """Rows of the embedding on the device, [..., h], of ids int64 on either."""
-        return self.embed_tokens(ids if isinstance(self.embed_tokens, HostEmbedding) else to_device(ids, self._device))
+        """Rows of the embedding on the device, [..., h], of ids int64 on either; in the computation dtype."""
+        places = ids if isinstance(self.embed_tokens, HostEmbedding) else to_device(ids, self._device)
+        return self.embed_tokens(places).to(self.stack[-1].qkv.dtype)
 
     def _run(self, x: torch.Tensor, row: Row) -> torch.Tensor:
         """[T, h] -> normed [T, h]"""
-        if torch.is_grad_enabled() and self.lora:
+        if torch.is_grad_enabled() and (self.lora or self.trains_itself):
             if self.dropout and self.training:  # from the CPU's generator, which checkpoints keep
                 row = replace(row, seed=to_device(torch.randint(2**63 - 1, (1,)), self._device))
             if self.graphs is not None and self.graphs.takes(row):
@@ -178,13 +188,15 @@ class FastDecoder(nn.Module):
         return rms_norm.rms_norm(x, self.norm.weight, self.spec.eps, out)
 
     def forward_stack(self, x: torch.Tensor, row: Row, plan: Sequence[Saving]) -> tuple[torch.Tensor, list[Saved]]:
-        """(output [T, h] of the last layer, what each layer keeps)."""
+        """(output [T, h] of the last layer, what each layer keeps); those below `first_trained` keep nothing."""
         if row.arena is not None:
             row.arena.rewind()
         if Saving.OFFLOAD in plan:
             self.host_inputs.begin()
         kept = []
-        for layer, saving in zip(self.stack, plan, strict=True):
+        for layer in self.stack[: self.first_trained]:
+            x, _ = layer.forward(x, row, saving=None)
+        for layer, saving in zip(self.stack[self.first_trained :], plan, strict=True):
             away = self.host_inputs.send(x) if saving is Saving.OFFLOAD else None
             y, saved = layer.forward(x, row, saving=saving)
             assert saved is not None
@@ -195,34 +207,43 @@ class FastDecoder(nn.Module):
             kept.append(saved)
         return x, kept
 
-    def backward_stack(self, dhidden: torch.Tensor, last: torch.Tensor, saved: list[Saved], row: Row) -> None:
-        """Add up all gradients of the LoRA matrices.
+    def backward_stack(
+        self, dhidden: torch.Tensor, last: torch.Tensor, saved: list[Saved], row: Row
+    ) -> torch.Tensor | None:
+        """Add up all gradients of the LoRA matrices, or of the weights that train themselves.
 
         Args:
             dhidden: Gradient at the normed hidden states, [T, h].
             last: Output of the last layer, [T, h].
             saved: Used up.
             row: As in the forward pass.
+
+        Returns:
+            The gradient at the stack's input, [T, h], where the embedding trains.
         """
+        add_norm_gradient(self.norm.weight, dhidden, last, self.spec.eps)
         taker = self.stack[-1].down
         top = taker.output(len(last))
         rms_norm.rms_norm_backward(dhidden, last, self.norm.weight, self.spec.eps, out=taker.y_of(top))
         dx: torch.Tensor | None = top
         del last, top  # 330 MB each of 40,000 tokens of Qwen3-8B
+        # what goes into the first layer has the shape of what comes out of one
+        bottom = taker if self.embed_tokens.weight.requires_grad else None
         copies = any(one.away is not None for one in saved)
         try:
             self._fetch(saved)
-            for index in reversed(range(len(self.stack))):
+            for index in reversed(range(self.first_trained, len(self.stack))):
                 assert dx is not None
                 one = saved.pop()
                 if one.away is not None:
                     self.host_inputs.wait(one.away)
                 self._fetch(saved)  # for the layer below, while this one computes
-                below = self.stack[index - 1].down if index else None
+                below = self.stack[index - 1].down if index > self.first_trained else bottom
                 dx = self.stack[index].backward(dx, one, row, below)
         finally:
             if copies:  # otherwise a graph may be being recorded, and nothing outside of it may be waited for
                 self.host_inputs.join()  # of a pass that failed a copy may still be on its way
+        return None if dx is None else taker.y_of(dx)
 
     def _fetch(self, saved: list[Saved]) -> None:
         """Bring the last one's input back if it is away."""
@@ -231,7 +252,7 @@ class FastDecoder(nn.Module):
 
 
 class _Stack(torch.autograd.Function):
-    """All layers and the last norm. The gradients of the LoRA matrices go straight into their `.grad`."""
+    """All layers and the last norm. The gradients of what trains in them go straight into its `.grad`."""
 
     @staticmethod
     def forward(ctx: Any, anchor: torch.Tensor, decoder: FastDecoder, x: torch.Tensor, row: Row) -> torch.Tensor:
@@ -241,11 +262,11 @@ class _Stack(torch.autograd.Function):
         return decoder.final_norm(last)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[None, None, None, None]:
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[None, None, torch.Tensor | None, None]:
         assert ctx.saved, "a second backward pass: the saved tensors are gone"
         ctx.decoder.adapter.prepare()
-        ctx.decoder.backward_stack(gradients[0], ctx.last.pop(), ctx.saved, ctx.row)
-        return None, None, None, None
+        dx = ctx.decoder.backward_stack(gradients[0], ctx.last.pop(), ctx.saved, ctx.row)
+        return None, None, dx, None
 
 
 def _pair(module: Any) -> LoraPair:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from unsloth_factory.kernels.cross_entropy import cross_entropy
+from unsloth_factory.model.fast.linear import add_product
 
 CHUNK_BYTES = 256 * 2**20
 """Logits of one chunk: 880 tokens of a vocabulary of 151,936 in 16 bit; fewer would read the weights more often."""
@@ -28,21 +29,27 @@ class _HeadLoss(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         wants = ctx.needs_input_grad[0]
         dhidden = torch.empty_like(hidden) if wants else None
+        trains = ctx.needs_input_grad[1]
+        dweight = torch.zeros_like(weight, dtype=torch.float32) if trains else None
+        weight = weight.to(hidden.dtype)
         for start in range(0, len(hidden), size):
             part = slice(start, start + size)
             logits = hidden[part] @ weight.t()
             total += cross_entropy(logits, targets[part], gradient_scale=scale if wants else None).sum()
             if dhidden is not None:
                 torch.mm(logits, weight, out=dhidden[part])
-        ctx.dhidden, ctx.scale = dhidden, scale
+            if dweight is not None:
+                add_product(dweight, logits.t(), hidden[part], 1.0)
+        ctx.dhidden, ctx.dweight, ctx.scale = dhidden, dweight, scale
         return total
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
-        dhidden = ctx.dhidden
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, None, None]:
+        dhidden, dweight = ctx.dhidden, ctx.dweight
         assert dhidden is not None, "a second backward pass: the gradient is gone"
-        ctx.dhidden = None
-        return dhidden.mul_(gradients[0] / ctx.scale), None, None, None
+        ctx.dhidden = ctx.dweight = None
+        factor = gradients[0] / ctx.scale
+        return dhidden.mul_(factor), None if dweight is None else dweight.mul_(factor), None, None
 
 
 def cross_entropy_sum(
@@ -52,7 +59,7 @@ def cross_entropy_sum(
 
     Args:
         hidden: [n, h] in the computation dtype.
-        weight: [V, h], frozen.
+        weight: [V, h]; float32 where it trains, which takes as much memory once more for its gradient.
         targets: int64 [n].
         chunk_bytes: Logits that are held at a time.
     """

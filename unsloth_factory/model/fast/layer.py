@@ -20,6 +20,9 @@ from unsloth_factory.model.fast.linear import FusedLinear
 from unsloth_factory.model.fast.offload import Away
 from unsloth_factory.model.fast.spec import DecoderSpec
 
+Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""At the queries, keys and values of a layer's attention."""
+
 
 class Saving(Enum):
     """What a layer keeps of its forward pass."""
@@ -193,6 +196,7 @@ class Layer:
         dnormed = self.gate_up.input_gradient(dgate_up, seed)
         self.gate_up.add_gradients(dgate_up, self.gate_up.x_of(normed), t, seed)
         del gate_up, dgate_up, normed, t
+        add_norm_gradient(self.norms.mlp, dnormed, saved.middle, self.spec.eps)
         dmiddle = self.out.output(len(dy))
         rms_norm.rms_norm_backward(
             dnormed, saved.middle, self.norms.mlp, self.spec.eps,
@@ -215,23 +219,43 @@ class Layer:
         gradients = attention.attention_backward(dattended.view(q.shape), q, k, v, saved.attended, row.documents)
         del q, k, v, dattended
         saved.attended = None
+        self._add_head_norm_gradients(gradients, saved.qkv, row)
         rotary.rotary_backward(gradients, saved.qkv, row.cos, row.sin, heads, self.norms.head)
         del gradients
         dqkv = _room(saved.qkv, self.qkv)
         saved.qkv = None
         normed = rms_norm.rms_norm(saved.x, self.norms.attention, self.spec.eps)
-        if below is None:
+        if below is None and not self.norms.attention.requires_grad:
             self.qkv.adapter_gradient(dqkv)
             self.qkv.add_gradients(dqkv, normed, saved.t["qkv"], row.seed)
             return None
         dnormed = self.qkv.input_gradient(dqkv, row.seed)
         self.qkv.add_gradients(dqkv, normed, saved.t["qkv"], row.seed)
+        add_norm_gradient(self.norms.attention, dnormed, saved.x, self.spec.eps)
+        if below is None:
+            return None
         dx = below.output(len(normed))
         rms_norm.rms_norm_backward(
             dnormed, saved.x, self.norms.attention, self.spec.eps,
             residual=self.out.y_of(dmiddle), out=below.y_of(dx),
         )  # fmt: skip
         return dx
+
+    def _add_head_norm_gradients(self, gradients: Gradients, qkv: torch.Tensor, row: Row) -> None:
+        norm = self.norms.head
+        if norm is None or not norm.query_weight.requires_grad:
+            return
+        found = rotary.head_norm_gradients(gradients, qkv, row.cos, row.sin, self.spec.heads, norm)
+        for weight, gradient in zip((norm.query_weight, norm.key_weight), found, strict=True):
+            assert weight.grad is not None
+            weight.grad += gradient
+
+
+def add_norm_gradient(weight: torch.Tensor, dy: torch.Tensor, x: torch.Tensor, eps: float) -> None:
+    """Add up the gradient of a norm's weight [h], if it trains, from the gradient dy [T, h] at the norm's output."""
+    if weight.requires_grad:
+        assert weight.grad is not None
+        weight.grad += rms_norm.weight_gradient(dy, x, eps)
 
 
 def _copy(t: torch.Tensor | None) -> torch.Tensor | None:

@@ -54,6 +54,17 @@ class LoraPair:
     """Share of the input's numbers that are left out while training."""
 
 
+@dataclass(frozen=True)
+class Trained:
+    """Weights of one part that train themselves, float32 parts of the fused matrix, with gradients in their `.grad`."""
+
+    part: Part
+    weight: nn.Parameter
+    """[rows, K]"""
+    bias: nn.Parameter | None
+    """[rows]"""
+
+
 class FusedLinear:
     """The projections of one input. Not a module: its parameters are registered by the model, under PEFT's names.
 
@@ -82,6 +93,20 @@ class FusedLinear:
         self._a = self._b = torch.empty(0)
         self._a_gradient = torch.empty(0)
         self._b_gradients: dict[str, torch.Tensor] = {}
+        self.trained: tuple[Trained, ...] = ()
+        """Of full and freeze fine-tuning."""
+
+    def train(self, dtype: torch.dtype) -> tuple[Trained, ...]:
+        """Let the weights themselves train, in float32; products are still computed in `dtype`."""
+        assert isinstance(self.weight, torch.Tensor), "4-bit weights cannot train themselves"
+        self.weight, self.dtype = self.weight.float(), dtype
+        self.bias = None if self.bias is None else self.bias.float()
+        rows = [(part, slice(part.start, part.stop)) for part in self.parts]
+        self.trained = tuple(
+            Trained(part, nn.Parameter(self.weight[own]), None if self.bias is None else nn.Parameter(self.bias[own]))
+            for part, own in rows
+        )
+        return self.trained
 
     def attach(self, pairs: dict[str, LoraPair]) -> list[Shadow]:
         """Take the LoRA pairs of some parts, by their names; returns the copies that must be fresh before a pass."""
@@ -123,8 +148,10 @@ class FusedLinear:
             self._b_gradients[part.name] = place.view(pair.b.shape)
 
     def gradients(self) -> list[torch.Tensor]:
-        """Where gradients are added up: of A of all parts, and of each B."""
-        return [self._a_gradient, *self._b_gradients.values()] if self.rank else []
+        """Where gradients are added up: of A of all parts, and of each B; or of trained weights and biases."""
+        own = [parameter for one in self.trained for parameter in (one.weight, one.bias)]
+        adapter = [self._a_gradient, *self._b_gradients.values()] if self.rank else []
+        return adapter + [one.grad for one in own if one is not None and one.grad is not None]
 
     def clear_gradients(self) -> None:
         """Set them to 0."""
@@ -174,7 +201,8 @@ class FusedLinear:
             out: Where y is written.
             seed: int64 [1] of LoRA dropout; None: nothing is dropped.
         """
-        added = residual if residual is not None else self.bias
+        bias = self.bias if self.bias is None else self.bias.to(self.dtype)
+        added = residual if residual is not None else bias
         if not (lora and self.rank):
             return _product(self.x_of(wide), self._matrix().t(), added, out)
         t = wide[:, self.inputs :]
@@ -188,7 +216,7 @@ class FusedLinear:
         if isinstance(self.weight, nf4.Packed):
             matrix = self._wide_matrix(self.outputs, self.inputs + self.rank, self._b)
             return _product(wide, matrix.t(), added, out)
-        y = _product(self.x_of(wide), self.weight.t(), added, out)
+        y = _product(self.x_of(wide), self._matrix().t(), added, out)
         return y.addmm_(t, self._b.t())
 
     def adapter_gradient(self, wide: torch.Tensor) -> None:
@@ -211,12 +239,12 @@ class FusedLinear:
             return dx
         if isinstance(self.weight, nf4.Packed):
             return wide @ self._wide_matrix(self.outputs + self.rank, self.inputs, self._a)
-        return (dy @ self.weight).addmm_(dt, self._a)
+        return (dy @ self._matrix()).addmm_(dt, self._a)
 
     def add_gradients(
         self, wide: torch.Tensor, x: torch.Tensor, t: torch.Tensor | None, seed: torch.Tensor | None = None
     ) -> None:
-        """Add this micro-batch's gradients of A and B up in the places of `collect_in`, float32.
+        """Add this micro-batch's gradients up, float32: of A and B in the places of `collect_in`, or of the weights.
 
         Args:
             wide: `output` after `input_gradient`.
@@ -224,17 +252,23 @@ class FusedLinear:
             t: [T, R] of the forward pass.
             seed: Of the forward pass.
         """
+        for one in self.trained:
+            dy = wide[:, one.part.start : one.part.stop]
+            assert one.weight.grad is not None
+            add_product(one.weight.grad, dy.t(), x, 1.0)
+            if one.bias is not None and one.bias.grad is not None:
+                one.bias.grad += dy.float().sum(0)
         if t is None:
             return
         dt = wide[:, self.outputs :]
         if seed is None:
-            _accumulate(self._a_gradient, dt.t(), x, 1.0)
+            add_product(self._a_gradient, dt.t(), x, 1.0)
         for part, pair in self._trained():
             if seed is not None:
                 columns = self._columns[part.name]
-                _accumulate(self._a_gradient[columns], dt[:, columns].t(), self._dropped(x, part, pair, seed), 1.0)
+                add_product(self._a_gradient[columns], dt[:, columns].t(), self._dropped(x, part, pair, seed), 1.0)
             dy = wide[:, part.start : part.stop]
-            _accumulate(self._b_gradients[part.name], dy.t(), t[:, self._columns[part.name]], pair.scale)
+            add_product(self._b_gradients[part.name], dy.t(), t[:, self._columns[part.name]], pair.scale)
 
     def _dropped(self, x: torch.Tensor, part: Part, pair: LoraPair, seed: torch.Tensor) -> torch.Tensor:
         """The x [T, K] that the adapter of a part sees."""
@@ -244,8 +278,10 @@ class FusedLinear:
         return self.stream + self.parts.index(part)
 
     def _matrix(self) -> torch.Tensor:
-        """W [N, K] in the computation dtype; made anew from NF4, so drop it as soon as it has been used."""
-        return nf4.dequantize(self.weight, self.dtype) if isinstance(self.weight, nf4.Packed) else self.weight
+        """W [N, K] in the computation dtype; made anew from NF4 or float32: drop it as soon as it has been used."""
+        if isinstance(self.weight, nf4.Packed):
+            return nf4.dequantize(self.weight, self.dtype)
+        return self.weight.to(self.dtype)
 
     def _wide_matrix(self, rows: int, columns: int, extra: torch.Tensor) -> torch.Tensor:
         """[rows, columns] with W in its upper left corner and `extra` beside or below it."""
@@ -267,8 +303,8 @@ def _product(
     return torch.addmm(added, x, matrix) if out is None else torch.addmm(added, x, matrix, out=out)
 
 
-def _accumulate(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, scale: float) -> None:
-    """Add scale * left @ right to the float32 `total`; on a GPU the product itself adds up in float32."""
+def add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, scale: float) -> None:
+    """Add scale * left @ right to the float32 `total`; on a GPU the product of 16-bit factors itself adds up in it."""
     if runs_kernels(left.device) and left.dtype != torch.float32:
         torch.ops.aten.addmm.dtype_out(total, left, right, torch.float32, beta=1, alpha=scale, out=total)
     else:

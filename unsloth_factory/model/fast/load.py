@@ -1,8 +1,8 @@
 """From safetensors to the fast engine, one matrix at a time: 16-bit weights never lie in memory together.
 
 The result is transformers' causal language model with its decoder replaced. Its linear layers remain as names that peft
-hangs LoRA matrices on; their weight is a view of one single number, so that shapes and counts are right and no memory
-is taken.
+hangs LoRA matrices on. Their weights are parts of the fused matrices, or in 4 bit views of one single number, so that
+shapes and counts are right and no memory is taken.
 """
 
 from __future__ import annotations
@@ -142,13 +142,14 @@ def _fused(names: Any, prefix: str, parts: Sequence[str], weights: Any, quantize
             module.bias = nn.Parameter(biases[-1], requires_grad=False)
         places.append(Part(part, start, start + weight.shape[0]))
         start += weight.shape[0]
-        _empty(module, weight, quantized)
+        if quantized:  # of an integer dtype: peft rounds new matrices to a floating one, which 4-bit weights have not
+            one = torch.zeros(1, dtype=torch.uint8, device=weight.device)
+            module.weight = nn.Parameter(one.expand(weight.shape), requires_grad=False)
         pieces.append(quantize(weight) if quantized else weight)
-    matrix = stack(pieces) if quantized else pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-    return FusedLinear(matrix, torch.cat(biases) if biases else None, places, weights.dtype)
-
-
-def _empty(module: nn.Linear, weight: torch.Tensor, quantized: bool) -> None:
-    """Leave a linear layer its shape alone. (peft rounds new matrices to a floating dtype: 4-bit has none.)"""
-    one = torch.zeros(1, dtype=torch.uint8 if quantized else weight.dtype, device=weight.device)
-    module.weight = nn.Parameter(one.expand(weight.shape), requires_grad=False)
+    bias = torch.cat(biases) if biases else None
+    if quantized:
+        return FusedLinear(stack(pieces), bias, places, weights.dtype)
+    matrix = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+    for place in places:
+        names.get_submodule(place.name).weight = nn.Parameter(matrix[place.start : place.stop], requires_grad=False)
+    return FusedLinear(matrix, bias, places, weights.dtype)

@@ -34,7 +34,7 @@ def problem(decoder: Any) -> str | None:
     """
     kept, forced = decoder.adapter.snapshot(), decoder.planner.forced
     # the least memory that a graph can do with: a card that can train can be checked
-    decoder.planner.forced = [Saving.RECOMPUTE] * len(decoder.stack)
+    decoder.planner.forced = [Saving.RECOMPUTE] * decoder.planner.spec.layers
     try:
         with torch.no_grad():
             return _compared(decoder)
@@ -76,8 +76,8 @@ def _compared(decoder: Any) -> str | None:
 
 
 def _one_layer(decoder: Any, x: torch.Tensor, dy: torch.Tensor, row: Row) -> dict[str, torch.Tensor]:
-    """Output of the middle layer, gradient at its input, and gradients of its LoRA matrices."""
-    index = len(decoder.stack) // 2
+    """Output of the middle layer (or the first that trains), gradient at its input, and of what trains in it."""
+    index = max(len(decoder.stack) // 2, decoder.first_trained)
     layer, below = decoder.stack[index], decoder.stack[index - 1].down if index else None
     for projection in layer.projections.values():
         projection.clear_gradients()
@@ -90,7 +90,7 @@ def _one_layer(decoder: Any, x: torch.Tensor, dy: torch.Tensor, row: Row) -> dic
         found["input's gradient"] = below.y_of(dx)
     for name, projection in layer.projections.items():
         for number, gradient in enumerate(projection.gradients()):
-            found[f"gradient {number} of {name}'s adapter"] = gradient.clone()
+            found[f"gradient {number} in {name}"] = gradient.clone()
     return found
 
 
