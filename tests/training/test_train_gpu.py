@@ -105,6 +105,12 @@ def test_the_fast_engine_resumes(random_model_dir: Path, tmp_path: Path) -> None
     assert curve(tmp_path / "a") == pytest.approx(losses, rel=1e-3)
 
 
+def test_dpo_by_the_fast_engine(random_model_dir: Path, tmp_path: Path) -> None:
+    for engine in ("standard", "fast"):
+        run(tmp_path / engine, random_model_dir, torch.bfloat16, engine=engine, method=Dpo(), train_items=pairs(18))
+    assert curve(tmp_path / "fast") == pytest.approx(curve(tmp_path / "standard"), abs=1e-2)
+
+
 def test_padded_is_packed(random_model_dir: Path, tmp_path: Path) -> None:
     for name, no_packing in (("packed", False), ("padded", True)):
         run(tmp_path / name, random_model_dir, torch.bfloat16, loop={"no_packing": no_packing})
