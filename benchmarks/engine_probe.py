@@ -1,6 +1,7 @@
 """Where the fast engine's time goes on this GPU: kernels alone, whole micro-batches, waits, and a profile.
 
-    python benchmarks/engine_probe.py [check] [pieces] [products] [ranks] [whole] [sizes] [long] [waits] [profile]
+    python benchmarks/engine_probe.py [check] [pieces] [products] [ranks] [chunks]
+                                      [whole] [sizes] [long] [waits] [profile] [--layers 36]
 
 Random weights of Qwen3-8B's shape, NF4, LoRA r = 16 on all linear layers. One line of JSON a figure. docs/engine-log.md
 keeps what came out.
@@ -154,6 +155,31 @@ SHAPES = {
     "llama-3.1-8b": {"qkv": (6144, 4096), "out": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)},
 }
 RANKS = {"qkv": 48, "out": 16, "gate_up": 32, "down": 16}
+
+
+def chunks(tokens: int = 2560, parts: Sequence[int] = (1, 2, 3, 4, 6)) -> None:
+    """Dequantising gate and up and the product with them, whole or in parts small enough to stay in the GPU's cache."""
+    outputs, inputs = MATRICES["gate_up"]
+    x, y = (torch.randn(tokens, width, device=DEVICE, dtype=DTYPE) for width in (inputs, outputs))
+    graphs = {}
+    for count in parts:
+        rows = outputs // count
+        pieces = [stack([quantize(torch.randn(rows, inputs, device=DEVICE, dtype=DTYPE))]) for _ in range(count)]
+        room, graph = torch.empty(rows, inputs, device=DEVICE, dtype=DTYPE), torch.cuda.CUDAGraph()
+
+        def run(pieces: Any = pieces, rows: int = rows, room: torch.Tensor = room) -> None:
+            for number, piece in enumerate(pieces):
+                nf4.launch(piece, room)
+                torch.mm(x, room.t(), out=y[:, number * rows : (number + 1) * rows])
+
+        run()
+        with torch.cuda.graph(graph):
+            for _ in range(20):
+                run()
+        graphs[count] = (graph, pieces, room)
+    for _ in range(3):  # in turn: a GPU that is busy gets slower
+        figures = {f"in {count}": round(50 * timed(graph.replay, 5)) for count, (graph, *_) in graphs.items()}
+        say(what="chunks", tokens=tokens, us=figures)
 
 
 def products(sizes: range = range(512, 4097, 128)) -> None:
@@ -354,6 +380,7 @@ def main() -> None:
         "whole": lambda: [whole(peft(), tokens, saving) for saving in Saving for tokens in (512, 1024, 2048, 4096)],
         "products": products,
         "ranks": ranks,
+        "chunks": chunks,
         "sizes": lambda: [whole(peft(), tokens, Saving.KEEP) for tokens in range(1536, 3201, 128)],
         "long": lambda: [whole(peft(), tokens, saving) for tokens in LONG for saving in (RECOMPUTE, Saving.OFFLOAD)],
         "waits": lambda: waits(peft()),
