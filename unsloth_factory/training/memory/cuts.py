@@ -13,7 +13,7 @@ T = TypeVar("T")
 CLEARLY = 0.0025
 """Share of the time that other micro-batches must save: less is within what is measured."""
 EXCHANGES = 200_000
-"""Moves and exchanges of samples that are looked at for a step, at most: a tenth of a second."""
+"""Moves and exchanges of samples of a step: when so many were looked at, in 0.1 s, no further round of them begins."""
 Bin = tuple[int, list[int]]
 """Tokens of a micro-batch, and the numbers of its samples."""
 Lengths = tuple[int, ...]
@@ -80,7 +80,7 @@ def _exchanged(
 ) -> tuple[list[Bin], int]:
     """The micro-batches after samples have changed places, as long as that makes two of them cost less together.
 
-    Costs grow in steps, so it is tokens just above a step that are saved: 0.9 % of the mean-900 mix of
+    Costs grow in steps, so it is tokens just above a step that are saved: 0.8 % of the mean-900 mix of
     benchmarks/engine.py with the costs of Qwen3-8B on an H200, of the 1.8 % that are rounded up.
 
     Args:
