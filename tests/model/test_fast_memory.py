@@ -68,8 +68,9 @@ def kernels_that_only_allocate(monkeypatch: pytest.MonkeyPatch) -> None:
     def rotated(qkv: torch.Tensor, cos: Any, sin: Any, heads: Heads, norm: Any) -> tuple[torch.Tensor, torch.Tensor]:
         return tuple(qkv.new_empty(len(qkv), count, heads.size) for count in (heads.queries, heads.keys))
 
-    def attended(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents: Documents) -> Attended:
-        return Attended(torch.empty_like(q), q.new_empty(q.shape[1], len(q), dtype=torch.float32))
+    def attended(q: torch.Tensor, k: Any, v: Any, documents: Documents, out: torch.Tensor) -> Attended:
+        made = torch.empty_like(q), q.new_empty(q.shape[1], len(q), dtype=torch.float32)
+        return Attended(out, made[1])
 
     def attention_gradients(
         dout: Any, q: Any, k: Any, v: Any, found: Attended, documents: Documents
@@ -129,11 +130,10 @@ def stack(spec: DecoderSpec) -> Any:
         )
         for _ in range(LAYERS)
     ]  # fmt: skip
-    decoder: Any = SimpleNamespace(
-        stack=layers, host_inputs=HostInputs(META), norm=SimpleNamespace(weight=weight), spec=spec, first_trained=0,
-        embed_tokens=SimpleNamespace(weight=weight),
-    )  # fmt: skip
-    decoder._fetch = lambda saved: FastDecoder._fetch(decoder, saved)
+    decoder: Any = FastDecoder.__new__(FastDecoder)
+    torch.nn.Module.__init__(decoder)
+    decoder.stack, decoder.host_inputs, decoder.spec, decoder.first_trained = layers, HostInputs(META), spec, 0
+    decoder.norm = decoder.embed_tokens = SimpleNamespace(weight=weight)
     return decoder
 
 
@@ -147,10 +147,10 @@ def most(spec: DecoderSpec, plan: list[Saving], dropped: bool) -> int:
         return torch.empty(TOKENS, spec.hidden, dtype=torch.bfloat16, device=META)
 
     with torch.no_grad(), Held() as held:
-        last, saved = FastDecoder.forward_stack(decoder, hidden(), row, plan)
+        last, saved = decoder.forward_stack(hidden(), row, plan)
         handed, dhidden = [last], hidden()
         del last
-        FastDecoder.backward_stack(decoder, dhidden, handed.pop(), saved, row)
+        decoder.backward_stack(dhidden, handed.pop(), saved, row)
         return held.peak
 
 

@@ -154,7 +154,7 @@ def test_a_pass_that_fails_waits_for_its_copies(model: Any, monkeypatch: pytest.
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(HostInputs, "join", lambda self: joined.append(True))
-    monkeypatch.setattr(Layer, "_attention_backward", fail)
+    monkeypatch.setattr(Layer, "attend_backward", fail)
     with pytest.raises(torch.OutOfMemoryError):
         both_passes(model, [AWAY] * 4 + [KEEP])
     assert joined == [True]

@@ -9,7 +9,7 @@ document after the other.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -74,16 +74,36 @@ def launches_by_tokens(heads: tuple[int, int], size: int, dtype: torch.dtype, de
     return backend(device) == "flash" and hopper.works(device, dtype, heads, size)
 
 
-def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents: Documents) -> Attended:
-    """softmax(q k^T / sqrt(D)) v over the earlier tokens of the same document."""
-    return _FORWARD[backend(q.device)](q, k, v, documents)
+def attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents: Documents, out: torch.Tensor | None = None
+) -> Attended:
+    """softmax(q k^T / sqrt(D)) v over the earlier tokens of the same document.
+
+    Args:
+        q: Queries.
+        k: Keys.
+        v: Values.
+        documents: Of the row.
+        out: Where the result is written; its rows may be parts of longer ones.
+    """
+    if _goes_to_hopper(q, k, documents):
+        return Attended(*hopper.forward(q, k, v, documents.borders, documents.longest, _scale(q), out))
+    attended = _FORWARD[backend(q.device)](q, k, v, documents)
+    return attended if out is None else replace(attended, out=out.copy_(attended.out))
 
 
 def attention_backward(
     dout: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attended: Attended, documents: Documents
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(dq [T, Hq, D], dk [T, Hk, D], dv [T, Hk, D])."""
+    if _goes_to_hopper(q, k, documents):
+        kept = (attended.out, attended.lse)
+        return hopper.backward(dout, (q, k, v), *kept, documents.borders, documents.longest, _scale(q))
     return _BACKWARD[backend(q.device)](dout, q, k, v, attended, documents)
+
+
+def _goes_to_hopper(q: torch.Tensor, k: torch.Tensor, documents: Documents) -> bool:
+    return backend(q.device) == "flash" and hopper.takes(q, k, len(documents.borders) - 1, documents.longest)
 
 
 def _scale(q: torch.Tensor) -> float:
@@ -92,8 +112,6 @@ def _scale(q: torch.Tensor) -> float:
 
 def _flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents: Documents) -> Attended:
     borders, longest = documents.borders, documents.longest
-    if hopper.takes(q, k, len(borders) - 1, longest):
-        return Attended(*hopper.forward(q, k, v, borders, longest, _scale(q)))
     out, lse, *seeds, _ = torch.ops.aten._flash_attention_forward(
         q, k, v, borders, borders, longest, longest, 0.0, True, False, scale=_scale(q)
     )
@@ -104,8 +122,6 @@ def _flash_backward(
     dout: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attended: Attended, documents: Documents
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     borders, longest, out = documents.borders, documents.longest, attended.out.contiguous()
-    if hopper.takes(q, k, len(borders) - 1, longest):
-        return hopper.backward(dout, (q, k, v), out, attended.lse, borders, longest, _scale(q))
     return torch.ops.aten._flash_attention_backward(
         dout, q, k, v, out, attended.lse, borders, borders, longest, longest, 0.0, True,
         *attended.seeds, scale=_scale(q),

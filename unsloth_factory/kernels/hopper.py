@@ -29,6 +29,8 @@ LIMIT = 0.02
 """Relative distance to FlashAttention-2. Rounding makes 0.001 forwards, 0.003 backwards."""
 TRIED = (600, 1, 423)
 """Tokens of the documents that it is tried with."""
+ROOM = 8
+"""Numbers behind each row of its output when it is tried: in a layer that is where the LoRA product goes."""
 
 
 def takes(q: torch.Tensor, k: torch.Tensor, documents: int, longest: int) -> bool:
@@ -46,12 +48,18 @@ def takes(q: torch.Tensor, k: torch.Tensor, documents: int, longest: int) -> boo
 
 
 def forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, borders: torch.Tensor, longest: int, scale: float
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    borders: torch.Tensor,
+    longest: int,
+    scale: float,
+    out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(out, lse) of documents that begin and end at `borders`, int32 [documents + 1]."""
+    """(out, lse) of documents that begin and end at `borders`, int32 [documents + 1]; written into `out` if given."""
     out, lse, *_ = _library()._flash_attn_fwd(
         q, k, v, cu_seqlens_q=borders, cu_seqlens_k=borders, max_seqlen_q=longest, max_seqlen_k=longest,
-        softmax_scale=scale, causal=True, return_lse=True,
+        softmax_scale=scale, causal=True, return_lse=True, out=out,
     )  # fmt: skip
     return out, lse
 
@@ -126,7 +134,8 @@ def _distance(device: torch.device, dtype: torch.dtype, heads: tuple[int, int], 
     q, k, v, dout = numbers(heads[0]), numbers(heads[1]), numbers(heads[1]), numbers(heads[0])
     borders = torch.tensor([0, *TRIED], device=device).cumsum(0).to(torch.int32)
     ends, scale = (borders, borders, tokens, tokens), size**-0.5
-    out, lse = forward(q, k, v, borders, tokens, scale)
+    room = torch.empty(tokens, heads[0] * size + ROOM, dtype=dtype, device=device)
+    out, lse = forward(q, k, v, borders, tokens, scale, room[:, :-ROOM].unflatten(1, (heads[0], size)))
     gradients = backward(dout, (q, k, v), out, lse, borders, tokens, scale)
     expected, sums, *seeds, _ = torch.ops.aten._flash_attention_forward(q, k, v, *ends, 0.0, True, False, scale=scale)
     wanted = torch.ops.aten._flash_attention_backward(

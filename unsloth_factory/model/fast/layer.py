@@ -8,7 +8,7 @@ token, 2 bytes each, for Qwen3-8B: KEEP 43 k (86 KB), DROP_GATE_UP 18.6 k, RECOM
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 
 import torch
@@ -61,11 +61,13 @@ class Saved:
     """Where the input is instead."""
     qkv: torch.Tensor | None = None
     attended: Attended | None = None
+    wide: torch.Tensor | None = None
+    """`out.input`: what was attended to, and its t"""
     middle: torch.Tensor | None = None
     """[T, h] after attention and its residual"""
     gate_up: torch.Tensor | None = None
-    t: dict[str, torch.Tensor | None] | None = None
-    """x A^T of each fused projection: "qkv", "out", "gate_up", "down"."""
+    t: dict[str, torch.Tensor | None] = field(default_factory=dict)
+    """x A^T of the fused projections "qkv", "gate_up", "down"."""
 
 
 @dataclass
@@ -97,25 +99,85 @@ class Layer:
         self, x: torch.Tensor, row: Row, *, saving: Saving | None, lora: bool = True
     ) -> tuple[torch.Tensor, Saved | None]:
         """(y [T, h], what the backward pass needs); saving None keeps nothing."""
-        arena = row.arena if saving is not None else None
-        saved = Saved(x, t={}) if saving in (Saving.KEEP, Saving.DROP_GATE_UP) else None
-        middle = self._attention(x, row, saved, lora, arena if saved is not None else None)
+        saved = None if saving is None else Saved(x)
+        inside = saved if saving in (Saving.KEEP, Saving.DROP_GATE_UP) else None
+        wide = self.attend(x, row, inside, lora=lora, arena=None if inside is None else row.arena)
+        arena = None if saving is None else row.arena
+        y = self.finish(x, wide, saved, saving=saving, lora=lora, arena=arena, seed=row.seed)
+        return y, saved
+
+    def attend(
+        self, x: torch.Tensor, row: Row, saved: Saved | None, *, lora: bool = True, arena: Arena | None = None
+    ) -> torch.Tensor:
+        """The layer up to its attention: `out.input` [T, Hq D + R], filled.
+
+        Args:
+            x: [T, h]
+            row: Of the micro-batch.
+            saved: Filled; None where what happens inside is not kept.
+            lora: False leaves the adapter out.
+            arena: Where what is kept lies; None: in memory of its own.
+        """
+        heads = self.spec.heads
+        normed = self.normed(x, self.norms.attention, self.qkv)
+        room = self.qkv.y_of(self.qkv.output(len(x), arena))
+        qkv = self.qkv.forward(normed, lora=lora, out=room, seed=row.seed)
+        q, k = rotary.rotary(qkv, row.cos, row.sin, heads, self.norms.head)
+        wide = self.out.input(len(x), arena)
+        place = self.out.x_of(wide).unflatten(1, (heads.queries, heads.size))
+        attended = attention.attention(q, k, rotary.split(qkv, heads)[2], row.documents, place)
+        if saved is not None:
+            saved.qkv, saved.attended = qkv, attended
+            saved.t["qkv"] = _copy(self.qkv.t_of(normed))
+        return wide
+
+    def finish(
+        self,
+        x: torch.Tensor,
+        wide: torch.Tensor,
+        saved: Saved | None,
+        *,
+        saving: Saving | None,
+        lora: bool = True,
+        arena: Arena | None = None,
+        seed: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The rest of the layer, which computes row by row: y [n, h].
+
+        Args:
+            x: [n, h] rows of the layer's input.
+            wide: The same rows of what `attend` made.
+            saved: Filled; None where nothing is kept.
+            saving: What of it.
+            lora: As for `attend`.
+            arena: Where what is kept lies, the output too; None: in memory of its own.
+            seed: Of LoRA dropout.
+        """
+        inside = saving in (Saving.KEEP, Saving.DROP_GATE_UP)
+        middle = self._middle(x, wide, lora, arena if inside else None, seed)
         normed = self.normed(middle, self.norms.mlp, self.gate_up)
         room = self.gate_up.output(len(x), arena if saving is Saving.KEEP else None)
-        gate_up = self.gate_up.forward(normed, lora=lora, out=self.gate_up.y_of(room), seed=row.seed)
+        gate_up = self.gate_up.forward(normed, lora=lora, out=self.gate_up.y_of(room), seed=seed)
         t = _copy(self.gate_up.t_of(normed)) if saving is Saving.KEEP else None  # or it is computed again
         del normed
         activated = self._activated(gate_up)
         out = arena.take(*x.shape) if arena is not None else None
-        y = self.down.forward(activated, lora=lora, residual=middle, out=out, seed=row.seed)
-        if saving is None:
-            return y, None
-        saved = saved or Saved(x, t={})
-        assert saved.t is not None
+        y = self.down.forward(activated, lora=lora, residual=middle, out=out, seed=seed)
+        if saved is None:
+            return y
         saved.t |= {"gate_up": t, "down": _copy(self.down.t_of(activated))}
+        if inside:
+            saved.wide, saved.middle = wide, middle
         if saving is Saving.KEEP:
             saved.gate_up = gate_up
-        return y, saved
+        return y
+
+    def _middle(
+        self, x: torch.Tensor, wide: torch.Tensor, lora: bool, arena: Arena | None, seed: torch.Tensor | None
+    ) -> torch.Tensor:
+        """[n, h] after attention and its residual."""
+        out = arena.take(*x.shape) if arena is not None else None
+        return self.out.forward(wide, lora=lora, residual=x, out=out, seed=seed)
 
     def normed(self, x: torch.Tensor, weight: torch.Tensor, taker: FusedLinear) -> torch.Tensor:
         """The norm of x, as the input of a projection."""
@@ -136,30 +198,6 @@ class Layer:
         swiglu.swiglu(gate_up, self.down.x_of(wide))
         return wide
 
-    def _attention(
-        self, x: torch.Tensor, row: Row, saved: Saved | None, lora: bool, arena: Arena | None
-    ) -> torch.Tensor:
-        """[T, h] after attention and its residual; fills `saved`, from the arena if there is one."""
-        heads = self.spec.heads
-        normed = self.normed(x, self.norms.attention, self.qkv)
-        room = self.qkv.y_of(self.qkv.output(len(x), arena))
-        qkv = self.qkv.forward(normed, lora=lora, out=room, seed=row.seed)
-        q, k = rotary.rotary(qkv, row.cos, row.sin, heads, self.norms.head)
-        attended = attention.attention(q, k, rotary.split(qkv, heads)[2], row.documents)
-        del q, k
-        wide = self.out.input(len(x), arena)
-        self.out.x_of(wide).copy_(attended.out.flatten(1))
-        out = arena.take(*x.shape) if arena is not None else None
-        middle = self.out.forward(wide, lora=lora, residual=x, out=out, seed=row.seed)
-        if saved is not None:
-            assert saved.t is not None
-            # the projection's input is kept in the place of the kernel's output
-            output = self.out.x_of(wide).unflatten(1, (heads.queries, heads.size))
-            saved.attended = Attended(output, attended.lse, attended.seeds)
-            saved.qkv, saved.middle = qkv, middle
-            saved.t |= {"qkv": _copy(self.qkv.t_of(normed)), "out": self.out.t_of(wide)}
-        return middle
-
     def backward(self, dy: torch.Tensor, saved: Saved, row: Row, below: FusedLinear | None) -> torch.Tensor | None:
         """Gradient at the layer's input; LoRA gradients are added up in the parameters. `saved` is used up.
 
@@ -171,15 +209,25 @@ class Layer:
                 nothing below that wants one.
         """
         if saved.qkv is None:
-            self._attention(saved.x, row, saved, lora=True, arena=None)
-        dmiddle = self._mlp_backward(dy, saved, row.seed)
-        saved.middle = None
-        return self._attention_backward(dmiddle, saved, row, below)
+            saved.wide = self.attend(saved.x, row, saved)
+            saved.middle = self._middle(saved.x, saved.wide, True, None, row.seed)
+        dattended, dmiddle = self.finish_backward(dy, saved, row.seed)
+        return self.attend_backward(dattended, self.out.y_of(dmiddle), saved, row, below)
+
+    def finish_backward(
+        self, dy: torch.Tensor, saved: Saved, seed: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(gradient at what was attended to [n, Hq D], gradient at the layer's input beside it in `out.output`)."""
+        dmiddle = self._mlp_backward(dy, saved, seed)
+        wide, saved.middle, saved.wide = saved.wide, None, None
+        assert wide is not None
+        dattended = self.out.input_gradient(dmiddle, seed)
+        self.out.add_gradients(dmiddle, self.out.x_of(wide), self.out.t_of(wide), seed)
+        return dattended, dmiddle
 
     def _mlp_backward(self, dy: torch.Tensor, saved: Saved, seed: torch.Tensor | None) -> torch.Tensor:
         """Gradient at the residual between attention and MLP, in `out.output`."""
         assert saved.middle is not None
-        assert saved.t is not None
         normed = self.normed(saved.middle, self.norms.mlp, self.gate_up)
         gate_up, t = saved.gate_up, saved.t["gate_up"]
         if gate_up is None:
@@ -204,16 +252,21 @@ class Layer:
         )  # fmt: skip
         return dmiddle
 
-    def _attention_backward(
-        self, dmiddle: torch.Tensor, saved: Saved, row: Row, below: FusedLinear | None
+    def attend_backward(
+        self, dattended: torch.Tensor, residual: torch.Tensor, saved: Saved, row: Row, below: FusedLinear | None
     ) -> torch.Tensor | None:
-        """Gradient at the layer's input, in `below.output`."""
+        """Gradient at the layer's input, in `below.output`.
+
+        Args:
+            dattended: Gradient at what was attended to, [T, Hq D].
+            residual: Gradient at the layer's input past its attention, [T, h].
+            saved: Of `attend`; used up.
+            row: As there.
+            below: As for `backward`.
+        """
         assert saved.qkv is not None
         assert saved.attended is not None
-        assert saved.t is not None
         heads = self.spec.heads
-        dattended = self.out.input_gradient(dmiddle, row.seed)
-        self.out.add_gradients(dmiddle, saved.attended.out.flatten(1), saved.t["out"], row.seed)
         q, k = rotary.rotary(saved.qkv, row.cos, row.sin, heads, self.norms.head)
         v = rotary.split(saved.qkv, heads)[2]
         gradients = attention.attention_backward(dattended.view(q.shape), q, k, v, saved.attended, row.documents)
@@ -237,7 +290,7 @@ class Layer:
         dx = below.output(len(normed))
         rms_norm.rms_norm_backward(
             dnormed, saved.x, self.norms.attention, self.spec.eps,
-            residual=self.out.y_of(dmiddle), out=below.y_of(dx),
+            residual=residual, out=below.y_of(dx),
         )  # fmt: skip
         return dx
 
