@@ -90,7 +90,9 @@ def test_the_server_is_validated_and_judges_like_any_other(chain, tmp_path):
 
 def test_ctrl_c_ends_it_cleanly_in_the_middle_of_an_answer(chain):
     command = [sys.executable, "-m", "unsloth_factory.cli", "serve", "--run", str(chain.folder), "--port", "0"]
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background inherits SIG_IGN
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    signal.signal(signal.SIGINT, before)
     try:
         assert process.stdout is not None
         line = next(line for line in process.stdout if "answers at" in line)

@@ -97,6 +97,21 @@ def test_low_memory(family_dir):
     assert decoder.embed_tokens.to(torch.float16).weight.dtype == torch.float32  # it stays as and where it is
 
 
+def test_rows_gathered_ahead_are_the_same_rows(monkeypatch):
+    embedding = HostEmbedding(torch.randn(50, 8), CPU)
+    first, second = torch.tensor([3, 7, 7, 49]), torch.tensor([0, 7, 7, 49])
+    gathered = []
+    gather = HostEmbedding._gathered
+    monkeypatch.setattr(HostEmbedding, "_gathered", lambda self, ids: gathered.append(ids) or gather(self, ids))
+    embedding.expect(first)
+    assert torch.equal(embedding(first.view(2, 2)), embedding.weight[first.view(2, 2)])
+    assert len(gathered) == 1
+    embedding.expect(first)  # and others come: those of an evaluation, or of a step that is done again
+    assert torch.equal(embedding(second), embedding.weight[second])
+    assert torch.equal(embedding(first), embedding.weight[first])
+    assert len(gathered) == 4
+
+
 def test_the_planner_spends_what_there_is():
     spec = DecoderSpec("qwen3", 36, 4096, 12288, Heads(32, 8, 128), 151936, 1e-6, True, (False, False), False)
     gib = 2**30

@@ -13,6 +13,7 @@ import torch
 from unsloth_factory.config.errors import UserError
 from unsloth_factory.kernels.transfer import to_device
 from unsloth_factory.model.fast import pace
+from unsloth_factory.model.fast.embedding import HostEmbedding
 from unsloth_factory.model.fingerprint import AdapterInfo
 from unsloth_factory.model.store import save_adapter, save_full
 
@@ -88,6 +89,35 @@ class LoadedModel:
         with self.autocast():
             output = self.decoder(**inputs, use_cache=False)
         return output.last_hidden_state
+
+    def expect(self, input_ids: torch.Tensor) -> None:
+        """What can be done ahead for the micro-batch that comes next, [B, T] on the CPU."""
+        embedding = getattr(self.decoder, "embed_tokens", None)
+        if isinstance(embedding, HostEmbedding):
+            embedding.expect(input_ids.flatten())
+
+    def hidden_rows(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        index: torch.Tensor,
+    ) -> torch.Tensor:
+        """`hidden_states` of some positions, [n, h].
+
+        Args:
+            input_ids: As there.
+            position_ids: As there.
+            attention_mask: As there.
+            index: int64 [n] into the B T positions, each once, on the CPU. What no other position needs the fast engine
+                does for these alone.
+        """
+        if self.engine == "fast":
+            inputs = {"input_ids": input_ids, "position_ids": position_ids, "attention_mask": attention_mask}
+            with self.autocast():
+                return self.decoder(**inputs, use_cache=False, index=index).last_hidden_state[0]
+        hidden = self.hidden_states(input_ids, position_ids, attention_mask)
+        return hidden.reshape(-1, hidden.shape[-1]).index_select(0, to_device(index, self.device))
 
     @property
     def lm_head(self) -> torch.nn.Module:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -48,6 +49,9 @@ def look_ahead(session: Session, step: int) -> None:
     if step < session.total_steps:
         session.ahead = None
         session.ahead = (_asked(session, step), step_batches(session, step))
+        with suppress(RuntimeError):  # for want of memory: what cannot be done now is done, and handled, in its step
+            for first in session.ahead[1][:1]:
+                session.job.loaded.expect(first.input_ids)
 
 
 def _asked(session: Session, step: int) -> tuple[int | None, ...]:

@@ -76,9 +76,7 @@ def cross_entropy(loaded: LoadedModel, batch: Batch, positions: TrainedPositions
 
 def _trained_rows(loaded: LoadedModel, batch: Batch, positions: TrainedPositions) -> tuple[torch.Tensor, torch.Tensor]:
     """(hidden states [N, h], targets [N]) of the trained positions, on the device."""
-    hidden = loaded.hidden_states(batch.input_ids, batch.position_ids, batch.attention_mask)
-    index = to_device(positions.index, loaded.device)
-    rows = hidden.reshape(-1, hidden.shape[-1]).index_select(0, index)
+    rows = loaded.hidden_rows(batch.input_ids, batch.position_ids, batch.attention_mask, positions.index)
     return rows, to_device(positions.targets, loaded.device)
 
 

@@ -23,19 +23,20 @@ class Arena:
 
     def __init__(self, size: int, dtype: torch.dtype, device: torch.device) -> None:
         self._block = torch.empty(size // dtype.itemsize, dtype=dtype, device=device)
-        self._used = 0
+        self.used = 0
+        """Numbers that are taken."""
         self.outside = 0
         """Numbers that found no room so far: what the size was too small by."""
 
-    def rewind(self) -> None:
-        """Give all back: a new micro-batch begins."""
-        self._used = 0
+    def rewind(self, used: int = 0) -> None:
+        """Give back what lies behind the first `used` numbers: all of it when a new micro-batch begins."""
+        self.used = used
 
     def take(self, rows: int, columns: int) -> torch.Tensor:
         """[rows, columns], not initialised; ordinary memory where the block is full."""
-        start, stop = self._used, self._used + rows * columns
+        start, stop = self.used, self.used + rows * columns
         if stop > len(self._block):
             self.outside += rows * columns
             return torch.empty(rows, columns, dtype=self._block.dtype, device=self._block.device)
-        self._used = -(-stop // ALIGNED) * ALIGNED
+        self.used = -(-stop // ALIGNED) * ALIGNED
         return self._block[start:stop].view(rows, columns)

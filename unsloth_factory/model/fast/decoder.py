@@ -22,10 +22,11 @@ from unsloth_factory.model.fast.embedding import HostEmbedding
 from unsloth_factory.model.fast.flat import FlatAdapter
 from unsloth_factory.model.fast.graphs import Graphs
 from unsloth_factory.model.fast.layer import Layer, Row, Saved, Saving, add_norm_gradient
-from unsloth_factory.model.fast.linear import LoraPair
+from unsloth_factory.model.fast.linear import FusedLinear, LoraPair
 from unsloth_factory.model.fast.offload import HostInputs
 from unsloth_factory.model.fast.planner import Planner
 from unsloth_factory.model.fast.spec import DecoderSpec, RotaryTable
+from unsloth_factory.model.fast.tail import Tail
 from unsloth_factory.model.fast.trained import TrainedWeights
 
 STREAMS = 4
@@ -118,6 +119,7 @@ class FastDecoder(nn.Module):
         attention_mask: torch.Tensor | None = None,
         past_key_values: Any = None,
         use_cache: bool | None = None,
+        index: torch.Tensor | None = None,
         **unused: Any,
     ) -> Any:
         """Final normed hidden states [B, T, h] as transformers returns them.
@@ -128,6 +130,8 @@ class FastDecoder(nn.Module):
             attention_mask: 1 for real tokens, [B, T] (with a cache [B, cached + T]); None where all are real.
             past_key_values: A transformers cache, which grows by the new tokens; None for training and scoring.
             use_cache: Unused: a cache is used when it is given.
+            index: int64 [n] positions in the B T of the batch: only their hidden states are made, [1, n, h]. Not with a
+                cache.
             unused: Further arguments that transformers passes on.
         """
         from transformers.modeling_outputs import BaseModelOutputWithPast as Output
@@ -137,12 +141,16 @@ class FastDecoder(nn.Module):
             if past_key_values is not None:
                 hidden = cached_forward(self, input_ids, position_ids, attention_mask, past_key_values)
             else:
-                hidden = self._whole(input_ids, position_ids, attention_mask)
+                hidden = self._whole(input_ids, position_ids, attention_mask, index)
         output: Any = Output
         return output(last_hidden_state=hidden, past_key_values=past_key_values)
 
     def _whole(
-        self, input_ids: torch.Tensor, position_ids: torch.Tensor | None, attention_mask: torch.Tensor | None
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        index: torch.Tensor | None,
     ) -> torch.Tensor:
         """Hidden states of whole sequences: all real tokens in one packed row, padding left out."""
         batch, width = input_ids.shape
@@ -154,7 +162,10 @@ class FastDecoder(nn.Module):
         lengths = document_lengths(flat[1], None if real is None else real // width, width if real is None else None)
         positions = to_device(flat[1], device)
         row = Row(*self.table.of(positions), Documents.of(lengths, device))
-        hidden = self._run(self.embed(flat[0]), row)
+        if index is not None:
+            places = index if real is None else torch.searchsorted(real, index)
+            return self._run(self.embed(flat[0]), row, to_device(places, device))[None]
+        hidden = self._run(self.embed(flat[0]), row, None)
         if real is None:
             return hidden.view(batch, width, -1)
         spread = hidden.new_zeros(batch * width, hidden.shape[-1])
@@ -165,23 +176,28 @@ class FastDecoder(nn.Module):
         places = ids if isinstance(self.embed_tokens, HostEmbedding) else to_device(ids, self._device)
         return self.embed_tokens(places).to(self.stack[-1].qkv.dtype)
 
-    def _run(self, x: torch.Tensor, row: Row) -> torch.Tensor:
-        """[T, h] -> normed [T, h]"""
+    def _run(self, x: torch.Tensor, row: Row, index: torch.Tensor | None) -> torch.Tensor:
+        """[T, h] -> normed [n, h] of the positions in `index`, int64 [n] on the device; None: of all."""
         if torch.is_grad_enabled() and (self.lora or self.trains_itself):
             if self.dropout and self.training:  # from the CPU's generator, which checkpoints keep
                 row = replace(row, seed=to_device(torch.randint(2**63 - 1, (1,)), self._device))
             if self.graphs is not None and self.graphs.takes(row):
-                return self.graphs.run(x, row)
+                return self.graphs.run(x, row, index)
             if self.graphs is not None:
                 self.graphs.give_way()
             anchor = torch.zeros((), device=x.device, requires_grad=True)
-            return _Stack.apply(anchor, self, x, row)
+            return _chosen(_Stack.apply(anchor, self, x, row), index)
         if self.graphs is not None:
             self.graphs.make_room(len(x))
         with torch.no_grad():
             for layer in self.stack:
                 x, _ = layer.forward(x, row, saving=None, lora=self.lora)
-            return self.final_norm(x)
+            return self.final_norm(_chosen(x, index))
+
+    @property
+    def tail(self) -> Tail:
+        """What follows the last attention, for some positions."""
+        return Tail(self.stack[-1], self.norm.weight)
 
     def final_norm(self, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """The norm behind the last layer, [T, h], written into `out` where it is given."""
@@ -189,6 +205,18 @@ class FastDecoder(nn.Module):
 
     def forward_stack(self, x: torch.Tensor, row: Row, plan: Sequence[Saving]) -> tuple[torch.Tensor, list[Saved]]:
         """(output [T, h] of the last layer, what each layer keeps); those below `first_trained` keep nothing."""
+        return self._forward_layers(x, row, plan)
+
+    def attend_stack(
+        self, x: torch.Tensor, row: Row, plan: Sequence[Saving]
+    ) -> tuple[torch.Tensor, torch.Tensor, list[Saved]]:
+        """(input [T, h] of the last layer, what its `attend` made, what each layer keeps); the last one keeps all."""
+        x, kept = self._forward_layers(x, row, plan[:-1])
+        kept.append(Saved(x))
+        return x, self.stack[-1].attend(x, row, kept[-1], arena=row.arena), kept
+
+    def _forward_layers(self, x: torch.Tensor, row: Row, plan: Sequence[Saving]) -> tuple[torch.Tensor, list[Saved]]:
+        """(output [T, h], what is kept) of as many layers as are planned, behind those below `first_trained`."""
         if row.arena is not None:
             row.arena.rewind()
         if Saving.OFFLOAD in plan:
@@ -196,7 +224,8 @@ class FastDecoder(nn.Module):
         kept = []
         for layer in self.stack[: self.first_trained]:
             x, _ = layer.forward(x, row, saving=None)
-        for layer, saving in zip(self.stack[self.first_trained :], plan, strict=True):
+        layers = self.stack[self.first_trained :][: len(plan)]
+        for layer, saving in zip(layers, plan, strict=True):
             away = self.host_inputs.send(x) if saving is Saving.OFFLOAD else None
             y, saved = layer.forward(x, row, saving=saving)
             assert saved is not None
@@ -225,25 +254,54 @@ class FastDecoder(nn.Module):
         taker = self.stack[-1].down
         top = taker.output(len(last))
         rms_norm.rms_norm_backward(dhidden, last, self.norm.weight, self.spec.eps, out=taker.y_of(top))
-        dx: torch.Tensor | None = top
+        dx: list[torch.Tensor | None] = [top]
         del last, top  # 330 MB each of 40,000 tokens of Qwen3-8B
-        # what goes into the first layer has the shape of what comes out of one
-        bottom = taker if self.embed_tokens.weight.requires_grad else None
-        copies = any(one.away is not None for one in saved)
+        bottom = self._backward_layers(dx, saved, row)
+        return None if bottom is None else taker.y_of(bottom)
+
+    def attend_backward_stack(
+        self, dattended: torch.Tensor, residual: torch.Tensor, saved: list[Saved], row: Row
+    ) -> None:
+        """Add up all gradients of the LoRA matrices but those of the tail.
+
+        Args:
+            dattended: Gradient at what the last layer attended to, [T, Hq D].
+            residual: Gradient at its input past its attention, [T, h].
+            saved: Of `attend_stack`; used up.
+            row: As in the forward pass.
+        """
+        dx = self.stack[-1].attend_backward(dattended, residual, saved.pop(), row, self._taker(len(self.stack) - 1))
+        self._backward_layers([dx], saved, row)
+
+    def _backward_layers(self, dx: list[torch.Tensor | None], saved: list[Saved], row: Row) -> torch.Tensor | None:
+        """Gradient at the stack's input, as `_taker` has it, from that at the output of the last layer kept.
+
+        Args:
+            dx: It alone, taken out, so that nothing else holds on to it.
+            saved: Used up.
+            row: As in the forward pass.
+        """
+        above, copies = dx.pop(), any(one.away is not None for one in saved)
         try:
             self._fetch(saved)
-            for index in reversed(range(self.first_trained, len(self.stack))):
-                assert dx is not None
-                one = saved.pop()
+            while saved:
+                assert above is not None
+                one, index = saved.pop(), self.first_trained + len(saved)
                 if one.away is not None:
                     self.host_inputs.wait(one.away)
                 self._fetch(saved)  # for the layer below, while this one computes
-                below = self.stack[index - 1].down if index > self.first_trained else bottom
-                dx = self.stack[index].backward(dx, one, row, below)
+                above = self.stack[index].backward(above, one, row, self._taker(index))
         finally:
             if copies:  # otherwise a graph may be being recorded, and nothing outside of it may be waited for
                 self.host_inputs.join()  # of a pass that failed a copy may still be on its way
-        return None if dx is None else taker.y_of(dx)
+        return above
+
+    def _taker(self, index: int) -> FusedLinear | None:
+        """The projection in whose `output` the gradient at a layer's input goes; None: nobody wants it."""
+        if index > self.first_trained:
+            return self.stack[index - 1].down
+        # what goes into the first layer has the shape of what comes out of one
+        return self.stack[-1].down if self.embed_tokens.weight.requires_grad else None
 
     def _fetch(self, saved: list[Saved]) -> None:
         """Bring the last one's input back if it is away."""
@@ -267,6 +325,10 @@ class _Stack(torch.autograd.Function):
         ctx.decoder.adapter.prepare()
         dx = ctx.decoder.backward_stack(gradients[0], ctx.last.pop(), ctx.saved, ctx.row)
         return None, None, dx, None
+
+
+def _chosen(rows: torch.Tensor, index: torch.Tensor | None) -> torch.Tensor:
+    return rows if index is None else rows.index_select(0, index)
 
 
 def _pair(module: Any) -> LoraPair:

@@ -2,14 +2,15 @@
 
 A graph has fixed shapes. So tokens are padded to a multiple of `STEP` by a document of padding at the end, whose
 gradient is 0; the number of documents is rounded up likewise. Forward and backward pass are two graphs, between which
-the caller computes the loss. All graphs share one pool of memory: only one micro-batch is under way at a time.
+the caller computes the loss; where only some positions are asked for, they reach to the last attention, and the tail
+is launched between them, too. All graphs share one pool of memory: only one micro-batch is under way at a time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from unsloth_factory.kernels.transfer import to_device
 from unsloth_factory.model.fast.arena import Arena
 from unsloth_factory.model.fast.layer import Row, Saving
 from unsloth_factory.model.fast.planner import STEP, available
+from unsloth_factory.model.fast.tail import pays, spread
 
 LEAST_LONGEST = 512
 """Tokens of the longest document that attention is launched for, at least."""
@@ -37,6 +39,8 @@ class Bucket:
     longest: int
     """Attention launches blocks for so many tokens in each of the places. Those beyond a document's end return at once,
     but 2,048 tokens in 8 places where 1,024 in 2 would do cost 3 ms of 130."""
+    whole: bool = True
+    """All layers; otherwise they end at the last attention, and the tail is computed for some positions alone."""
 
     @classmethod
     def of(cls, lengths: tuple[int, ...], by_tokens: bool = False) -> Bucket:
@@ -57,9 +61,11 @@ class _Places:
     """What goes in and comes out, at addresses that all graphs share; and the arena between the two passes."""
 
     def __init__(self, decoder: Any, tokens: int, dtype: torch.dtype, device: torch.device) -> None:
-        hidden = decoder.spec.hidden
+        heads, hidden = decoder.spec.heads, decoder.spec.hidden
         self.tokens = tokens
-        self.x, self.gradient, self.hidden = torch.zeros(3, tokens, hidden, dtype=dtype, device=device)
+        self.x, self.gradient = torch.zeros(2, tokens, hidden, dtype=dtype, device=device)
+        self.outcome = torch.zeros(tokens * max(hidden, heads.queries * heads.size), dtype=dtype, device=device)
+        """The forward pass's hidden states, or the gradient at what was attended to last."""
         self.angles = torch.zeros(2, tokens, decoder.spec.heads.size // 2, dtype=torch.float32, device=device)
         # copied from the CPU's memory, not filled on the GPU: what is written there waits for all that runs
         self.seed = to_device(torch.zeros(1, dtype=torch.int64), device) if decoder.dropout else None
@@ -71,15 +77,23 @@ class _Graph:
 
     def __init__(self, bucket: Bucket, places: _Places) -> None:
         self.bucket = bucket
-        self.x, self.gradient, self.hidden = (
-            place[: bucket.tokens] for place in (places.x, places.gradient, places.hidden)
-        )
+        self.x, self.gradient = places.x[: bucket.tokens], places.gradient[: bucket.tokens]
+        self.outcome = places.outcome
+        self.last = self.wide = self.x
+        """Input of the last layer and what its `attend` made, where the graph ends there."""
+        self.kept = 0
+        """Numbers of the arena that the layers keep; what the tail keeps lies behind them."""
         # not filled on the GPU: a single number that is written there first waits for all that runs
         borders = to_device(torch.tensor([0] + [bucket.tokens] * bucket.documents, dtype=torch.int32), self.x.device)
         lengths = (bucket.longest,) + (0,) * (bucket.documents - 1)  # of these only the longest is read
         cos, sin = places.angles[:, : bucket.tokens]
         self.row = Row(cos, sin, Documents(lengths, borders), places.arena, places.seed)
+        self.arena = places.arena
         self.forward_graph, self.backward_graph = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+
+    def rows(self, columns: int) -> torch.Tensor:
+        """[tokens, columns] in the place of the outcome."""
+        return self.outcome[: self.bucket.tokens * columns].view(self.bucket.tokens, columns)
 
     def load(self, x: torch.Tensor, row: Row) -> None:
         """Put a micro-batch into the fixed places."""
@@ -120,15 +134,28 @@ class Graphs:
             return False
         return Saving.OFFLOAD not in self.decoder.planner.plan(Bucket.of(row.documents.lengths).tokens)
 
-    def run(self, x: torch.Tensor, row: Row) -> torch.Tensor:
-        """Normed hidden states [T, h], differentiable; valid until the next micro-batch."""
+    def run(self, x: torch.Tensor, row: Row, index: torch.Tensor | None = None) -> torch.Tensor:
+        """Normed hidden states [n, h] of some positions, or [T, h] of all; differentiable until the next micro-batch.
+
+        Args:
+            x: [T, h] input of the stack.
+            row: Of the micro-batch.
+            index: int64 [n] on the device; None: all.
+        """
         if self._stream is None:
             self._stream = self._warm_up(x)
         bucket = Bucket.of(row.documents.lengths, self._by_tokens)
+        bucket = replace(bucket, whole=not self._has_tail(bucket.tokens, index))
         graph = self._graphs.get(bucket) or self._capture(bucket, x)
         self.passes += 1
         anchor = torch.zeros((), device=x.device, requires_grad=True)
-        return _Replay.apply(anchor, self.decoder, graph, x, row)
+        return _Replay.apply(anchor, self.decoder, graph, x, row, index)
+
+    def _has_tail(self, tokens: int, index: torch.Tensor | None) -> bool:
+        decoder = self.decoder
+        if index is None or decoder.planner.plan(tokens)[-1] is not Saving.KEEP:
+            return False
+        return pays(decoder.spec, tokens, len(index))
 
     def drop(self) -> None:
         """Give back the graphs and their memory; they are made again when they are needed."""
@@ -175,12 +202,24 @@ class Graphs:
     def _record(self, bucket: Bucket, places: _Places) -> _Graph:
         decoder, graph = self.decoder, _Graph(bucket, places)
         plan = decoder.planner.plan(bucket.tokens)
+        if not bucket.whole:
+            self._record_to_last_attention(graph, plan)
+            return graph
         with self._recording(graph.forward_graph):
             last, saved = decoder.forward_stack(graph.x, graph.row, plan)
-            decoder.final_norm(last, out=graph.hidden)
+            decoder.final_norm(last, out=graph.rows(decoder.spec.hidden))
         with self._recording(graph.backward_graph):
             decoder.backward_stack(graph.gradient, last, saved, graph.row)
         return graph
+
+    def _record_to_last_attention(self, graph: _Graph, plan: Sequence[Saving]) -> None:
+        decoder, heads = self.decoder, self.decoder.spec.heads
+        with self._recording(graph.forward_graph):
+            graph.last, graph.wide, saved = decoder.attend_stack(graph.x, graph.row, plan)
+        graph.kept = graph.arena.used
+        with self._recording(graph.backward_graph):
+            dattended = graph.rows(heads.queries * heads.size)
+            decoder.attend_backward_stack(dattended, graph.gradient, saved, graph.row)
 
     @contextmanager
     def _recording(self, graph: torch.cuda.CUDAGraph) -> Iterator[None]:
@@ -222,21 +261,41 @@ class Graphs:
 
 class _Replay(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, anchor: torch.Tensor, decoder: Any, graph: _Graph, x: torch.Tensor, row: Row) -> torch.Tensor:
-        ctx.decoder, ctx.graph, ctx.tokens = decoder, graph, len(x)
+    def forward(
+        ctx: Any,
+        anchor: torch.Tensor,
+        decoder: Any,
+        graph: _Graph,
+        x: torch.Tensor,
+        row: Row,
+        index: torch.Tensor | None,
+    ) -> torch.Tensor:
+        ctx.decoder, ctx.graph, ctx.index, ctx.tokens = decoder, graph, index, len(x)
         ctx.number = decoder.graphs.passes
         graph.load(x, row)
         graph.forward_graph.replay()
-        return graph.hidden[: len(x)].clone()
+        if graph.bucket.whole:
+            hidden = graph.rows(decoder.spec.hidden)
+            return hidden[: len(x)].clone() if index is None else hidden.index_select(0, index)
+        graph.arena.rewind(graph.kept)
+        hidden, ctx.kept = decoder.tail.forward(graph.last, graph.wide, index, graph.arena, graph.row.seed)
+        return hidden
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[None, None, None, None, None]:
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[None, None, None, None, None, None]:
         graph: _Graph = ctx.graph
-        graphs = ctx.decoder.graphs
-        assert graphs is not None
-        assert graphs.passes == ctx.number, "a later forward pass has taken this one's memory"
-        ctx.decoder.adapter.prepare()
-        graph.gradient[: ctx.tokens].copy_(gradients[0])
-        graph.gradient[ctx.tokens :].zero_()
+        decoder = ctx.decoder
+        assert decoder.graphs is not None
+        assert decoder.graphs.passes == ctx.number, "a later forward pass has taken this one's memory"
+        decoder.adapter.prepare()
+        if not graph.bucket.whole:
+            dattended, dx = decoder.tail.backward(gradients[0], ctx.kept, graph.row.seed)
+            spread(dattended, ctx.index, graph.rows(dattended.shape[1]))
+            spread(dx, ctx.index, graph.gradient)
+        elif ctx.index is not None:
+            spread(gradients[0], ctx.index, graph.gradient)
+        else:
+            graph.gradient[: ctx.tokens].copy_(gradients[0])
+            graph.gradient[ctx.tokens :].zero_()
         graph.backward_graph.replay()
-        return None, None, None, None, None
+        return None, None, None, None, None, None

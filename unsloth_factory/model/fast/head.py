@@ -40,6 +40,7 @@ class _HeadLoss(torch.autograd.Function):
                 torch.mm(logits, weight, out=dhidden[part])
             if dweight is not None:
                 add_product(dweight, logits.t(), hidden[part], 1.0)
+            del logits  # or those of the next chunk lie beside them: 256 MB
         ctx.dhidden, ctx.dweight, ctx.scale = dhidden, dweight, scale
         return total
 

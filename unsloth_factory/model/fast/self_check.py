@@ -51,7 +51,7 @@ def problem(decoder: Any) -> str | None:
 
 
 def _compared(decoder: Any) -> str | None:
-    device, dtype, hidden = decoder.norm.weight.device, decoder.norm.weight.dtype, decoder.spec.hidden
+    device, dtype, hidden = decoder.norm.weight.device, decoder.stack[-1].qkv.dtype, decoder.spec.hidden
     generator = torch.Generator(device).manual_seed(0)
     decoder.refresh_shadows()
     decoder.randomize_shadows(generator)  # B begins at 0, and so would the gradient of A
