@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 from unsloth_factory.config.settings import ModelSettings
 from unsloth_factory.kernels import attention
 from unsloth_factory.kernels.rotary import Heads
+from unsloth_factory.model.fast import self_check
 from unsloth_factory.model.fast.arena import Arena
 from unsloth_factory.model.fast.graphs import Graphs
 from unsloth_factory.model.fast.layer import Saving
@@ -149,17 +150,44 @@ def test_dropout_in_the_tail(random_model_dir, cuda):
         found.append(micro_batch(fast, [5, 100, 199]))
     same(found[1], found[0])
     assert not torch.allclose(found[2][0], found[0][0], rtol=1e-3)
-    # the loss is linear in the last B: with its gradient right, a step along it changes the loss by its square
-    name = "base_model.model.model.layers.1.mlp.down_proj.lora_B.default.weight"
-    parameter, gradient = fast.get_parameter(name), found[0][1][name]
+    # a step along a matrix' gradient changes the loss by the gradient's square, if it is that of what was computed
     weights = torch.randn(1, TOKENS, 64, generator=torch.Generator().manual_seed(2))[:, [5, 100, 199]]
-    step, losses = 1e-3 / float(gradient.norm()), []
-    for sign in (1, -1):
-        parameter.data += sign * step * gradient
-        torch.manual_seed(1)
-        losses.append(float((micro_batch(fast, [5, 100, 199])[0].double() * weights).sum()))
-        parameter.data -= sign * step * gradient
-    assert (losses[0] - losses[1]) / (2 * step) == pytest.approx(float(gradient.square().sum()), rel=2e-2)
+    for which in "AB":
+        name = f"base_model.model.model.layers.1.mlp.down_proj.lora_{which}.default.weight"
+        parameter, gradient = fast.get_parameter(name), found[0][1][name]
+        step, losses = 1e-2 / float(gradient.norm()), []
+        for sign in (1, -1):
+            parameter.data += sign * step * gradient
+            torch.manual_seed(1)
+            losses.append(float((micro_batch(fast, [5, 100, 199])[0].double() * weights).sum()))
+            parameter.data -= sign * step * gradient
+        assert (losses[0] - losses[1]) / (2 * step) == pytest.approx(float(gradient.square().sum()), rel=2e-2), which
+
+
+@pytest.mark.parametrize("wrong", [None, "forward", "backward"])
+def test_it_is_looked_at_before_a_training_trusts_it(random_model_dir, cuda, monkeypatch, wrong):
+    _, fast = both(random_model_dir)
+    decoder = fast.get_base_model().model
+    with_graphs(decoder)
+    monkeypatch.setattr(self_check, "LENGTHS", (231,))
+    micro_batch(fast, [5, 100, 199])
+    before = {name: p.grad.clone() for name, p in fast.named_parameters() if p.requires_grad}
+    if wrong is not None:
+        right = getattr(Tail, wrong)
+
+        def off(*given: Any) -> tuple[Any, Any]:
+            first, second = right(*given)
+            return first * 1.2, second
+
+        monkeypatch.setattr(Tail, wrong, off)
+    found = self_check.problem(decoder)
+    if wrong is None:
+        assert found is None
+    else:
+        what = {"forward": "output of some positions", "backward": "gradient from some positions"}[wrong]
+        assert f"the {what} is off by" in str(found)
+    for name, gradient in before.items():
+        assert torch.equal(fast.get_parameter(name).grad, gradient)
 
 
 def test_when_it_pays():
