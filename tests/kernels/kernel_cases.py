@@ -10,7 +10,18 @@ import os
 import pytest
 import torch
 
-from unsloth_factory.kernels import attention, cross_entropy, dropout, nf4, rms_norm, rotary, shadows, swiglu
+from unsloth_factory.kernels import (
+    attention,
+    cross_entropy,
+    dropout,
+    float8,
+    nf4,
+    nf4_float8,
+    rms_norm,
+    rotary,
+    shadows,
+    swiglu,
+)
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TRITON = DEVICE.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
@@ -229,6 +240,76 @@ def test_nf4_kernel(shapes, dtype):
     else:  # the interpreter cuts float32 off where a GPU rounds it
         close(out[:, :columns], wanted, dtype, factor=0.3)
     assert (out[:, columns:] == 7.0).all()
+
+
+def steps_apart(one: torch.Tensor, other: torch.Tensor) -> float:
+    """Share of float8 numbers that differ; none by more than one step."""
+    first, second = one.float(), other.float()
+    if DEVICE.type == "cpu":  # where rounding up carries into the exponent the interpreter forgets to: 127 becomes 64
+        first = torch.where(second == 2 * first, second, first)
+    step = torch.maximum(first.abs(), second.abs()) / 8 + 2**-8
+    assert ((first - second).abs() <= step).all()
+    return float((first != second).float().mean())
+
+
+@needs_triton
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("shapes", NF4_SHAPES)
+def test_nf4_to_float8_kernel(shapes, transposed):
+    weight, factor = nf4_float8.scaled(packed(shapes)[0])
+    ours, wanted = nf4_float8.launch(weight, transposed), nf4_float8.twin(weight, transposed)
+    assert ours.shape == wanted.shape
+    assert steps_apart(ours, wanted) <= (0 if DEVICE.type == "cuda" else 0.01)
+
+
+@pytest.mark.parametrize("shapes", NF4_SHAPES)
+def test_nf4_to_float8_uses_its_whole_range(shapes):
+    original, values = packed(shapes)
+    weight, factor = nf4_float8.scaled(original)
+    found = nf4_float8.twin(weight, False).float()
+    assert float(found.abs().max()) == float8.MOST
+    close(found * factor, values, torch.float16, factor=15)  # 3 bits of mantissa: 2.7 %
+    assert torch.equal(nf4_float8.twin(weight, True).float().t(), found)
+
+
+FLOAT8_SHAPES = [(1, 16), (5, 100), (3, 4096), (2, 9000)]
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", FLOAT8_SHAPES)
+def test_float8_rows_kernel(shape, dtype):
+    x = draw(shape[0], shape[1] + 8, dtype=dtype)[:, :-8]
+    x[0] *= 1e3
+    x[-1, 0] = 0
+    (ours, scales), (wanted, wanted_scales) = float8.launch(x), float8.twin(x)
+    assert torch.allclose(scales, wanted_scales, rtol=1e-6)
+    assert steps_apart(ours, wanted) <= 0.01
+
+
+def test_float8_rows_have_scales_of_their_own():
+    x = draw(4, 300)
+    x[1] *= 1e4
+    x[2] = 0
+    found, scales = float8.twin(x)
+    for row in (0, 1, 3):
+        close(found[row].float() * scales[row], x[row], torch.float16, factor=15)
+    assert not found[2].float().any()
+    assert torch.isfinite(found.float()).all()
+
+
+def test_float8_product():
+    """As torch's own operation has it, which a GPU runs: factors, scales and layouts mean the same."""
+    x, matrix = draw(33, 64, dtype=torch.bfloat16), draw(48, 64, seed=1)
+    rows, scales = float8.twin(x)
+    weights = (matrix * 100).to(float8.FLOAT8)
+    exact = x.float() @ matrix.t()
+    columns = torch.full((1, 48), 0.01, device=DEVICE)
+    theirs = torch._scaled_mm(rows, weights.t(), scales, columns, out_dtype=torch.bfloat16)
+    ours = (rows.float() @ weights.float().t() * scales * 0.01).to(torch.bfloat16)
+    close(theirs, ours, torch.bfloat16)
+    close(float8.product(rows, scales, weights, 0.01, torch.bfloat16), ours, torch.bfloat16)
+    close(theirs, exact, torch.bfloat16, factor=3)
 
 
 @needs_triton

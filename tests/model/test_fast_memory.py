@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from unsloth_factory.kernels import attention, rms_norm, rotary, swiglu
+from unsloth_factory.kernels import attention, float8, nf4_float8, rms_norm, rotary, swiglu
 from unsloth_factory.kernels.attention import Attended, Documents
 from unsloth_factory.kernels.rotary import Heads
 from unsloth_factory.model.fast import linear
@@ -137,11 +137,30 @@ def stack(spec: DecoderSpec) -> Any:
     return decoder
 
 
-def most(spec: DecoderSpec, plan: list[Saving], dropped: bool) -> int:
+def in_float8(decoder: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products of 8-bit factors, which only allocate."""
+    for layer in decoder.stack:
+        for projection in layer.projections.values():
+            projection.float8 = (projection.weight, 1.0)
+
+    def rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return x.new_empty(x.shape, dtype=torch.float8_e4m3fn), x.new_empty(len(x), 1, dtype=torch.float32)
+
+    def matrix(weight: torch.Tensor, transposed: bool) -> torch.Tensor:
+        return weight.new_empty(weight.shape[::-1] if transposed else weight.shape, dtype=torch.float8_e4m3fn)
+
+    def product(x: torch.Tensor, scales: Any, weight: torch.Tensor, factor: float, dtype: torch.dtype) -> torch.Tensor:
+        return x.new_empty(len(x), len(weight), dtype=dtype)
+
+    monkeypatch.setattr(float8, "quantize_rows", rows)
+    monkeypatch.setattr(float8, "product", product)
+    monkeypatch.setattr(nf4_float8, "dequantize", matrix)
+
+
+def most(decoder: Any, spec: DecoderSpec, plan: list[Saving], dropped: bool) -> int:
     """Bytes at the fullest moment of both passes, the gradient at the stack's output included."""
     seed = torch.empty(1, dtype=torch.int64, device=META) if dropped else None
     row = Row(*torch.empty(2, 0, device=META), Documents((TOKENS,), torch.empty(2, device=META)), seed=seed)
-    decoder = stack(spec)
 
     def hidden() -> torch.Tensor:
         return torch.empty(TOKENS, spec.hidden, dtype=torch.bfloat16, device=META)
@@ -166,7 +185,20 @@ def test_the_fullest_moment_is_the_one_that_is_planned(shape: str, away: int, dr
     extra = 2 * RANK * 7
     matrix = 2 * intermediate * hidden * SIZE
     planned = workspace(spec, TOKENS, SIZE, dropped) - matrix + launched(spec, TOKENS, SIZE, away, extra)
-    found = most(spec, plan, dropped)
+    found = most(stack(spec), spec, plan, dropped)
     # only where all inputs but one are away the one of the layer below comes while the fullest layer computes
     coming = 0 if away == LAYERS - 1 else TOKENS * hidden * SIZE
     assert found == pytest.approx(planned - coming, rel=0.01)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_factors_in_float8_are_planned_too(shape: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden, intermediate, heads = SHAPES[shape]
+    spec = DecoderSpec(
+        "qwen3", LAYERS, hidden, intermediate, Heads(heads, 8, 128), 1, 1e-6, True, (False, False), False
+    )
+    decoder = stack(spec)
+    in_float8(decoder, monkeypatch)
+    found = most(decoder, spec, [Saving.RECOMPUTE] * (LAYERS - 1) + [Saving.KEEP], False)
+    planned = workspace(spec, TOKENS, SIZE, float8=True) + launched(spec, TOKENS, SIZE, 0, 2 * RANK * 7)
+    assert 0.8 * planned < found <= planned

@@ -14,6 +14,7 @@ from unsloth_factory.config.errors import UsageError, require
 from unsloth_factory.config.values import Bytes, Seconds
 
 Engine = Literal["auto", "fast", "unsloth", "standard"]
+Matmul = Literal["exact", "fp8"]
 FinetuningType = Literal["lora", "full", "freeze"]
 SchedulerType = Literal["cosine", "linear", "constant"]
 OptimizerType = Literal["adamw", "adamw_8bit", "paged_adamw_8bit"]
@@ -44,6 +45,8 @@ class ModelSettings:
     """Where a hub id is looked up."""
     engine: Engine = "auto"
     """Which implementation runs the model; auto prints its choice and the reason."""
+    matmul: Matmul = "exact"
+    """Products with the frozen 4-bit weights; fp8 is quicker, from RTX 40 and H100 on, and not exact: see the cost."""
     low_memory: bool = False
     """Take as little GPU memory as --engine fast can: the embedding stays in the CPU's, every layer is recomputed."""
     max_memory: Bytes | None = None
@@ -53,6 +56,7 @@ class ModelSettings:
 
     def __post_init__(self) -> None:
         require(not self.low_memory or self.engine == "fast", "low_memory", "true", "needs --engine fast.")
+        require(self.matmul == "exact" or self.engine == "fast", "matmul", self.matmul, "needs --engine fast.")
         least = 3 * 2**29
         require(self.max_memory is None or self.max_memory >= least, "max_memory", self.max_memory, "at least 1.5GiB.")
 

@@ -147,10 +147,14 @@ def twin(packed: Packed, out: torch.Tensor, extra: tuple[torch.Tensor, torch.Ten
     """The same in plain torch."""
     if extra is not None:
         extra[1].copy_(extra[0])
+    nibbles = torch.stack([packed.codes >> 4, packed.codes & 15], dim=-1).flatten().int()
+    values = packed.code[nibbles].view(-1, BLOCK_SIZE) * maxima(packed)[:, None]
+    return out.copy_(values.view(packed.shape))
+
+
+def maxima(packed: Packed) -> torch.Tensor:
+    """float32 [N K / 64]: what the codes of each block are multiplied by."""
     block = torch.arange(len(packed.absmax), device=packed.absmax.device)
     part = torch.bucketize(block, packed.starts, right=True) - 1
     scale = packed.scales[packed.scale_starts[part] + (block - packed.starts[part]) // NESTED_SIZE]
-    maxima = packed.absmax_code[packed.absmax.int()] * scale + packed.offsets[part]
-    nibbles = torch.stack([packed.codes >> 4, packed.codes & 15], dim=-1).flatten().int()
-    values = packed.code[nibbles].view(-1, BLOCK_SIZE) * maxima[:, None]
-    return out.copy_(values.view(packed.shape))
+    return packed.absmax_code[packed.absmax.int()] * scale + packed.offsets[part]

@@ -14,9 +14,10 @@ import torch
 
 from unsloth_factory.config.errors import UsageError, UserError
 from unsloth_factory.config.settings import ModelSettings, TuningSettings
+from unsloth_factory.kernels.float8 import CAPABILITY
 from unsloth_factory.model.device import pick_device_dtype
 from unsloth_factory.model.engine import TRANSFORMERS, choose_engine
-from unsloth_factory.model.fast import self_check
+from unsloth_factory.model.fast import cost, self_check
 from unsloth_factory.model.fingerprint import check_adapter_base, fingerprint
 from unsloth_factory.model.finite import refuse_nonfinite
 from unsloth_factory.model.integrity import refuse_damaged
@@ -113,6 +114,8 @@ def _load(
     engine, engine_reason = choose_engine(
         settings.engine, folder, trained, device, adapter=adapter, quantized=quantized, prefers=prefers
     )
+    if settings.matmul == "fp8":
+        _check_float8(quantized, device, dtype)
     if settings.max_memory is not None:
         notes += limit_memory(settings.max_memory, device)
     refuse_damaged(folder)
@@ -124,7 +127,11 @@ def _load(
         if engine == "fast":
             keeps_embedding = tunes_base and tuning.finetuning_type == "full"
             read = partial(
-                _read_fast, trains=for_training, low_memory=settings.low_memory, keeps_embedding=keeps_embedding
+                _read_fast,
+                trains=for_training,
+                low_memory=settings.low_memory,
+                keeps_embedding=keeps_embedding,
+                float8=settings.matmul == "fp8",
             )
         model = _load_within_memory(read, folder, quantization_bit, device, stored)
         loaded = LoadedModel(
@@ -139,6 +146,7 @@ def _load(
             fingerprint=identity,
             name=name,
             device_reason=device_reason,
+            matmul=settings.matmul,
             quantization=quantization_record(folder, dtype) if quantized else None,
             notes=notes,
         )
@@ -189,6 +197,22 @@ def _check_base_can_train(tuning: TuningSettings, name: str, quantized: bool, ad
         )
 
 
+def _check_float8(quantized: bool, device: torch.device, dtype: torch.dtype) -> None:
+    if not quantized:
+        raise UsageError("--matmul fp8 is for frozen 4-bit weights: add --quantization_bit 4, or leave it out.")
+    if device.type != "cuda":
+        return  # computed in plain torch, to see what it does to a training
+    found = torch.cuda.get_device_capability(device)
+    if found < CAPABILITY:
+        name = torch.cuda.get_device_name(device)
+        raise UsageError(
+            f"--matmul fp8 needs compute capability {CAPABILITY[0]}.{CAPABILITY[1]} (RTX 40, H100 and later); "
+            f"{name} has {found[0]}.{found[1]}. Leave it out."
+        )
+    if dtype != torch.bfloat16:
+        raise UsageError(f"--matmul fp8 needs --dtype bfloat16, not {str(dtype).removeprefix('torch.')}.")
+
+
 def _require_bitsandbytes() -> None:
     if importlib.util.find_spec("bitsandbytes") is None:
         raise UserError(
@@ -205,6 +229,7 @@ def _read_fast(
     trains: bool,
     low_memory: bool,
     keeps_embedding: bool,
+    float8: bool,
 ) -> Any:
     """The fast engine's model."""
     from transformers import AutoConfig
@@ -217,7 +242,12 @@ def _read_fast(
     # Training can wait for rows of the embedding to come from the CPU, a word after the other cannot.
     host_embedding = not keeps_embedding and (low_memory or (trains and is_small(device)))
     return load_fast(
-        weights, config, quantized=quantization_bit is not None, host_embedding=host_embedding, recompute=low_memory
+        weights,
+        config,
+        quantized=quantization_bit is not None,
+        host_embedding=host_embedding,
+        recompute=low_memory,
+        float8=float8,
     )
 
 
@@ -255,6 +285,8 @@ def _prepare(loaded: LoadedModel, adapter: Path | None, tuning: TuningSettings, 
         train_last_layers(loaded.model, tuning.freeze_last_n)
     if loaded.engine == "fast":
         loaded.decoder.bind()  # lets it know the adapter
+    if loaded.matmul == "fp8":
+        loaded.engine_reason += f"; {cost.in_words(cost.of_float8(loaded.decoder))}"
     if for_training and loaded.device.type == "cuda":
         loaded.set_gradient_checkpointing(True)
     loaded.model.eval()

@@ -45,6 +45,8 @@ class LoadedModel:
     name: str = ""
     """What the user called the base: folder, hub id or "tiny"."""
     device_reason: str = ""
+    matmul: str = "exact"
+    """How products with the frozen weights are computed: "exact", in `dtype`, or "fp8"."""
     logit_bytes: int = 256 * 2**20
     """float32 logits that training holds at a time: 440 rows of Qwen3's vocabulary of 151,936."""
     quantization: dict[str, Any] | None = None

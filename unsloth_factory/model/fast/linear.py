@@ -12,7 +12,8 @@ Qwen3-8B on an H200. Shapes: T tokens, K inputs, N outputs of all parts together
 sum of the parts' ranks, rounded up to 8 for aligned rows.
 
 With LoRA dropout each part sees an x of its own, so A cannot ride: t = drop(x) A^T and dx += drop(dt A) are then done
-part by part, with masks that are computed again wherever they are needed.
+part by part, with masks that are computed again wherever they are needed. Nor can it where the base product is one of
+8-bit numbers, which is not exact: the adapter's own products stay in 16 bit.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from unsloth_factory.kernels import nf4
+from unsloth_factory.kernels import float8, nf4, nf4_float8
 from unsloth_factory.kernels.dropout import add_dropout, dropout
 from unsloth_factory.kernels.launch import runs_kernels
 from unsloth_factory.kernels.shadows import Shadow
@@ -95,6 +96,8 @@ class FusedLinear:
         self._b_gradients: dict[str, torch.Tensor] = {}
         self.trained: tuple[Trained, ...] = ()
         """Of full and freeze fine-tuning."""
+        self.float8: tuple[nf4.Packed, float] | None = None
+        """What `nf4_float8.scaled` made: products with the weights are computed in float8; None: in `dtype`."""
 
     def train(self, dtype: torch.dtype) -> tuple[Trained, ...]:
         """Let the weights themselves train, in float32; products are still computed in `dtype`."""
@@ -107,6 +110,11 @@ class FusedLinear:
             for part, own in rows
         )
         return self.trained
+
+    def compute_in_float8(self) -> None:
+        """Products with the weights, forwards and backwards, are computed in float8 from now on."""
+        assert isinstance(self.weight, nf4.Packed), "4-bit weights alone"
+        self.float8 = nf4_float8.scaled(self.weight)
 
     def attach(self, pairs: dict[str, LoraPair]) -> list[Shadow]:
         """Take the LoRA pairs of some parts, by their names; returns the copies that must be fresh before a pass."""
@@ -204,7 +212,7 @@ class FusedLinear:
         bias = self.bias if self.bias is None else self.bias.to(self.dtype)
         added = residual if residual is not None else bias
         if not (lora and self.rank):
-            return _product(self.x_of(wide), self._matrix().t(), added, out)
+            return self._base(self.x_of(wide), added, out)
         t = wide[:, self.inputs :]
         if seed is None:
             torch.mm(self.x_of(wide), self._a.t(), out=t)
@@ -213,11 +221,10 @@ class FusedLinear:
             for part, pair in self._trained():
                 columns = self._columns[part.name]
                 torch.mm(self._dropped(self.x_of(wide), part, pair, seed), self._a[columns].t(), out=t[:, columns])
-        if isinstance(self.weight, nf4.Packed):
+        if self._rides:
             matrix = self._wide_matrix(self.outputs, self.inputs + self.rank, self._b)
             return _product(wide, matrix.t(), added, out)
-        y = _product(self.x_of(wide), self._matrix().t(), added, out)
-        return y.addmm_(t, self._b.t())
+        return self._base(self.x_of(wide), added, out).addmm_(t, self._b.t())
 
     def adapter_gradient(self, wide: torch.Tensor) -> None:
         """From `output`, its dy filled in: write dt behind dy for `add_gradients`."""
@@ -226,20 +233,44 @@ class FusedLinear:
 
     def input_gradient(self, wide: torch.Tensor, seed: torch.Tensor | None = None) -> torch.Tensor:
         """Gradient at x [T, K] from `output`, its dy filled in; does what `adapter_gradient` does, too."""
-        dy = self.y_of(wide)
-        if not self.rank:
-            return dy @ self._matrix()
         self.adapter_gradient(wide)
-        dt = wide[:, self.outputs :]
-        if seed is not None:
-            dx = dy @ self._matrix()
-            for part, pair in self._trained():
-                columns = self._columns[part.name]
-                add_dropout(dx, dt[:, columns] @ self._a[columns], pair.dropout, seed, self._stream(part))
-            return dx
-        if isinstance(self.weight, nf4.Packed):
+        if self._rides and self.rank and seed is None:
             return wide @ self._wide_matrix(self.outputs + self.rank, self.inputs, self._a)
-        return (dy @ self._matrix()).addmm_(dt, self._a)
+        dx = self._base_gradient(self.y_of(wide))
+        if not self.rank:
+            return dx
+        dt = wide[:, self.outputs :]
+        if seed is None:
+            return dx.addmm_(dt, self._a)
+        for part, pair in self._trained():
+            columns = self._columns[part.name]
+            add_dropout(dx, dt[:, columns] @ self._a[columns], pair.dropout, seed, self._stream(part))
+        return dx
+
+    @property
+    def _rides(self) -> bool:
+        """The adapter's second product is part of the base product."""
+        return isinstance(self.weight, nf4.Packed) and self.float8 is None
+
+    def _base(self, x: torch.Tensor, added: torch.Tensor | None, out: torch.Tensor | None) -> torch.Tensor:
+        """X W^T + added [T, N], without the adapter."""
+        if self.float8 is None:
+            return _product(x, self._matrix().t(), added, out)
+        y = self._in_float8(x, transposed=False)
+        if added is None:
+            return y if out is None else out.copy_(y)
+        return torch.add(y, added, out=y if out is None else out)
+
+    def _base_gradient(self, dy: torch.Tensor) -> torch.Tensor:
+        """Dy W [T, K], without the adapter."""
+        return dy @ self._matrix() if self.float8 is None else self._in_float8(dy, transposed=True)
+
+    def _in_float8(self, rows: torch.Tensor, *, transposed: bool) -> torch.Tensor:
+        assert self.float8 is not None
+        packed, factor = self.float8
+        quantized, scales = float8.quantize_rows(rows)
+        matrix = nf4_float8.dequantize(packed, transposed=transposed)
+        return float8.product(quantized, scales, matrix, factor, self.dtype)
 
     def add_gradients(
         self, wide: torch.Tensor, x: torch.Tensor, t: torch.Tensor | None, seed: torch.Tensor | None = None

@@ -54,7 +54,13 @@ class FolderWeights:
 
 
 def load_fast(
-    weights: Any, config: Any, *, quantized: bool, host_embedding: bool = False, recompute: bool = False
+    weights: Any,
+    config: Any,
+    *,
+    quantized: bool,
+    host_embedding: bool = False,
+    recompute: bool = False,
+    float8: bool = False,
 ) -> Any:
     """Build the model from its tensors.
 
@@ -64,6 +70,7 @@ def load_fast(
         quantized: NF4 with double quantisation, otherwise the computation dtype.
         host_embedding: The embedding stays in the CPU's memory, unless the output projection needs it.
         recompute: Every layer keeps its input alone.
+        float8: Products with the quantised weights are computed in float8, which is not exact.
 
     Returns:
         transformers' causal language model whose `model` is a `FastDecoder`; nothing trains yet. After LoRA matrices
@@ -97,7 +104,11 @@ def load_fast(
         # A head that came in another dtype leaves 1.2 GB in torch's cache (Qwen3-8B), which cannot be given back once a
         # LoRA matrix lies in that block: float16 had room for 2,176 tokens in 14.2 GiB, given back at once for 2,432.
         torch.cuda.empty_cache()
+    for layer in layers if float8 else ():
+        for projection in layer.projections.values():
+            projection.compute_in_float8()
     model.model = FastDecoder(inner, spec, layers, weights.device)
+    model.model.planner.float8 = float8
     if recompute:
         model.model.planner.recompute_all()
     return model.eval().requires_grad_(False)

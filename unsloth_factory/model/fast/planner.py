@@ -44,6 +44,8 @@ class Planner:
         """Numbers a token and layer that LoRA adds to what is kept."""
         self.dropout = False
         """LoRA dropout, which needs room for what it has left of a projection's input."""
+        self.float8 = False
+        """Products in float8, whose factors lie beside the 16-bit ones."""
         self.arena: int | None = None
         """Bytes for activations, once their place has been allocated."""
         self.offloads_all = False
@@ -100,7 +102,7 @@ class Planner:
 
     def workspace(self, tokens: int) -> int:
         """Bytes that one layer's backward pass needs at its peak beside its input."""
-        return workspace(self.spec, tokens, 2, self.dropout)
+        return workspace(self.spec, tokens, 2, self.dropout, self.float8)
 
     def _memory(self) -> int:
         if self.budget is None:
@@ -194,7 +196,7 @@ def saved_numbers(spec: DecoderSpec, saving: Saving, extra: int = 0) -> int:
     return numbers[saving]
 
 
-def workspace(spec: DecoderSpec, tokens: int, size: int, dropout: bool = False) -> int:
+def workspace(spec: DecoderSpec, tokens: int, size: int, dropout: bool = False, float8: bool = False) -> int:
     """Bytes that one layer's backward pass needs at its peak beside its input.
 
     That is in the MLP or, where heads are many for the hidden size, in the attention of a recomputed layer; with it one
@@ -207,8 +209,11 @@ def workspace(spec: DecoderSpec, tokens: int, size: int, dropout: bool = False) 
     # q, k, v and attention's output as they are kept and as the kernel wants them; two gradients of hidden size, those
     # of attention's output and of q, k, v; within the kernel that of q in float32, of k and v for every query head
     attention = 2 * spec.heads.width + 3 * queries + (queries + keys) + 2 * spec.hidden + 4 * queries
-    weight = 2 * spec.intermediate * spec.hidden * size
-    return weight + tokens * size * (max(mlp, attention) + 2 * spec.hidden)
+    weight = 2 * spec.intermediate * spec.hidden
+    work = weight * size + tokens * size * (max(mlp, attention) + 2 * spec.hidden)
+    if float8:  # a byte a weight, and beside them the gradient of gate and up in 8 bit
+        work += tokens * 2 * spec.intermediate - weight * (size - 1)
+    return work
 
 
 def launched(spec: DecoderSpec, tokens: int, size: int, away: int, extra: int = 0) -> int:

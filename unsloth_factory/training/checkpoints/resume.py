@@ -78,6 +78,7 @@ def fingerprint(
         "learning_rate": peak_rate,
         "samples_per_step": loop.batch_size * loop.accumulation_steps,
         "engine": loaded.engine,  # each engine's optimizer has tensors of its own
+        "matmul": loaded.matmul,
     }
     required |= {key: getattr(tuning, key) for key in TUNING_KEYS}
     required |= {key: getattr(loop, key) for key in LOOP_KEYS}
@@ -106,7 +107,7 @@ def check_same(old: dict[str, Any], new: dict[str, Any], checkpoint: Path) -> No
     Raises:
         UserError: Names each changed setting with its old and new value, and the ways out.
     """
-    old = {"engine": "standard"} | old  # what there was when it was not stored yet
+    old = {"engine": "standard", "matmul": "exact"} | old  # what there was when they were not stored yet
     changed = [key for key in new if old.get(key) != new[key]]
     if changed:
         lines = "".join(f"\n  {WHAT.get(key, f'--{key}')}: was {old.get(key)}, now {new[key]}" for key in changed)
