@@ -102,6 +102,7 @@ def uf(given: argparse.Namespace) -> None:
     words += ["--engine", given.engine, "--quantization_bit", "4", "--lora_r", "16", "--optimizer", "adamw_8bit"]
     words += ["--batch_size", str(given.batch_size), "--accumulation_steps", str(SAMPLES // given.batch_size)]
     words += ["--low_memory"] if given.low_memory else []
+    words += ["--matmul", given.matmul] if given.matmul != "exact" else []
     words += ["--dtype", given.dtype] if given.dtype != "auto" else []
     words += ["--max_seq_length", "4096", "--max_steps", str(given.steps), "--val_split", "0"]
     sys.exit(main([*words, "--logging_steps", "1", "--save_steps", "1000", "--save_total_limit", "1"]))
@@ -128,7 +129,8 @@ def _watch(given: argparse.Namespace, run: Path, started: float) -> None:
     overall = sum(line["tokens"] for line in lines[half:]) / (seen[-1] - seen[half - 1])
     report(
         model=given.model.name, rival=given.engine, mix=given.mix, cap_gib=given.cap,
-        setting=f"--batch_size {given.batch_size}" + " --low_memory" * given.low_memory, dtype=given.dtype,
+        setting=f"--batch_size {given.batch_size}" + " --low_memory" * given.low_memory
+        + f" --matmul {given.matmul}" * (given.matmul != "exact"), dtype=given.dtype,
         tokens_per_second=round(statistics.median(speeds[half:])), speeds=[round(speed) for speed in speeds],
         second_half_wall=round(overall),
         peak_gib=round(torch.cuda.max_memory_reserved() / 2**30, 2), driver_gib=driver_gib(),
@@ -220,6 +222,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=int, default=12, help="optimizer steps of `uf`")
     parser.add_argument("--batch_size", type=int, default=4, help="of `uf`")
     parser.add_argument("--low_memory", action="store_true", help="of `uf`, and of the rival `fast`")
+    parser.add_argument("--matmul", default="exact", choices=["exact", "fp8"], help="of `uf`; fp8 is not exact")
     parser.add_argument("--dtype", default="auto", choices=["auto", "bfloat16", "float16"])
     parser.add_argument(
         "--whole_rows", action="store_true", help="of a peer: leave out the padded batches of the mixes"

@@ -67,6 +67,9 @@ def test_the_engine_that_auto_would_take_is_planned(llama: Path) -> None:
     outcome = uf("plan", *words, "--engine", "fast", "--finetuning_type", "full")
     assert outcome.code == 2
     assert "--engine fast with --finetuning_type full is not planned yet" in outcome.err
+    outcome = uf("plan", *words, "--engine", "fast", "--matmul", "fp8")
+    assert outcome.code == 2
+    assert "--matmul fp8 is not planned yet" in outcome.err
 
 
 def test_the_fast_engine_takes_the_memory_there_is(llama: Path) -> None:

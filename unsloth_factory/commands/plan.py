@@ -209,6 +209,8 @@ def _training(config: PlanConfig, shape: ModelShape, gpu: Gpu) -> Training:
         capability=gpu.capability,
         low_memory=config.model.low_memory,
     )
+    if config.model.matmul != "exact":
+        raise UsageError(f"--matmul {config.model.matmul} is not planned yet: it was not measured. Leave it out.")
     if config.model.engine == "standard":
         return training
     reason = why_not_fast(training)
