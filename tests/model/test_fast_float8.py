@@ -131,6 +131,15 @@ def test_what_it_costs_is_said(random_model_dir):
     assert "not exact" in answering.engine_reason
 
 
+def test_a_machine_that_cannot_is_told_apart(random_model_dir, monkeypatch):
+    """Looked at before it is trusted, also when nothing is trained; a GPU's own error is no traceback."""
+    monkeypatch.setattr("unsloth_factory.model.load._on_a_gpu", lambda loaded: True)
+    assert "not exact" in load(random_model_dir).engine_reason
+    monkeypatch.setattr("unsloth_factory.kernels.float8.twin", lambda x: 1 / 0)
+    with pytest.raises(UserError, match=r"ZeroDivisionError: division by zero\. Leave out --matmul fp8\."):
+        load(random_model_dir)
+
+
 def test_where_it_cannot_be(random_model_dir, monkeypatch):
     with pytest.raises(UsageError, match="--matmul fp8: needs --engine fast"):
         ModelSettings(model="m", matmul="fp8")

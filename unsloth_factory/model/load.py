@@ -67,15 +67,18 @@ def load_model(
         tuning=tuning or TuningSettings(), seed=seed, device=device, prefers=prefers,
     )  # fmt: skip
     loaded = load(settings)
-    checks = loaded.engine == "fast" and for_training and _on_a_gpu(loaded)
+    checks = loaded.engine == "fast" and (for_training or loaded.matmul != "exact") and _on_a_gpu(loaded)
     try:
         wrong = self_check.problem(loaded.decoder) if checks else None
+        if wrong is None and loaded.matmul == "fp8":
+            loaded.engine_reason += f"; {cost.in_words(cost.of_float8(loaded.decoder))}"
     except torch.OutOfMemoryError as error:
         raise _does_not_fit(loaded.path, quantization_bit, loaded.device) from error
     if wrong is None:
         return loaded
     if settings.engine == "fast":
-        raise UserError(f"--engine fast does not work on {loaded.device}: {wrong}. Use --engine standard.")
+        way_out = "Use --engine standard" if loaded.matmul == "exact" else f"Leave out --matmul {loaded.matmul}"
+        raise UserError(f"--engine fast does not work on {loaded.device}: {wrong}. {way_out}.")
     del loaded
     gc.collect()
     torch.cuda.empty_cache()
@@ -285,8 +288,6 @@ def _prepare(loaded: LoadedModel, adapter: Path | None, tuning: TuningSettings, 
         train_last_layers(loaded.model, tuning.freeze_last_n)
     if loaded.engine == "fast":
         loaded.decoder.bind()  # lets it know the adapter
-    if loaded.matmul == "fp8":
-        loaded.engine_reason += f"; {cost.in_words(cost.of_float8(loaded.decoder))}"
     if for_training and loaded.device.type == "cuda":
         loaded.set_gradient_checkpointing(True)
     loaded.model.eval()
