@@ -54,6 +54,26 @@ class Packed:
 
 
 @jit
+def maximum_of(
+    block, known, absmax_ptr, scales_ptr, offsets_ptr, starts_ptr, scale_starts_ptr, absmax_code_ptr,
+    PARTS: tl.constexpr,
+):  # fmt: skip
+    """Within a kernel: what the codes of some blocks of 64 weights are multiplied by."""
+    start = block * 0
+    scale_start = block * 0
+    offset = tl.load(offsets_ptr) + 0.0 * block.to(tl.float32)
+    for part in tl.static_range(1, PARTS):
+        boundary = tl.load(starts_ptr + part).to(tl.int32)
+        later = block >= boundary
+        start = tl.where(later, boundary, start)
+        scale_start = tl.where(later, tl.load(scale_starts_ptr + part).to(tl.int32), scale_start)
+        offset = tl.where(later, tl.load(offsets_ptr + part), offset)
+    maximum = tl.load(absmax_code_ptr + tl.load(absmax_ptr + block, mask=known, other=0).to(tl.int32))
+    scale = tl.load(scales_ptr + scale_start + (block - start) // 256, mask=known, other=0.0)
+    return maximum * scale + offset
+
+
+@jit
 def _kernel(
     codes_ptr, absmax_ptr, scales_ptr, offsets_ptr, starts_ptr, scale_starts_ptr,
     code_ptr, absmax_code_ptr, out_ptr, extra_ptr, extra_out_ptr,
@@ -71,18 +91,9 @@ def _kernel(
     else:
         block = program * BLOCKS + tl.arange(0, BLOCKS)
         known = block * 32 < total
-        start = block * 0
-        scale_start = block * 0
-        offset = tl.load(offsets_ptr) + 0.0 * block.to(tl.float32)
-        for part in tl.static_range(1, PARTS):
-            boundary = tl.load(starts_ptr + part).to(tl.int32)
-            later = block >= boundary
-            start = tl.where(later, boundary, start)
-            scale_start = tl.where(later, tl.load(scale_starts_ptr + part).to(tl.int32), scale_start)
-            offset = tl.where(later, tl.load(offsets_ptr + part), offset)
-        maximum = tl.load(absmax_code_ptr + tl.load(absmax_ptr + block, mask=known, other=0).to(tl.int32))
-        scale = tl.load(scales_ptr + scale_start + (block - start) // 256, mask=known, other=0.0)
-        maximum = (maximum * scale + offset)[:, None]
+        maximum = maximum_of(
+            block, known, absmax_ptr, scales_ptr, offsets_ptr, starts_ptr, scale_starts_ptr, absmax_code_ptr, PARTS
+        )[:, None]
         place = block[:, None] * 32 + tl.arange(0, 32)[None, :]
         packed = tl.load(codes_ptr + place, mask=place < total, other=0).to(tl.int32)
         dtype = out_ptr.dtype.element_ty

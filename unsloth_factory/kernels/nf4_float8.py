@@ -1,8 +1,8 @@
 """NF4 weights as float8, either way round: float8 products want both factors with the summed index innermost.
 
 So the forward pass needs W [N, K] and the backward pass W^T [K, N]. The maxima are scaled beforehand such that the
-largest weight of the matrix is the largest float8 number. Apart from that as in `nf4`, whose kernel is left alone: it
-is tuned for 16 bit, and a wrong address made it ten times as slow there.
+largest weight of the matrix is the largest float8 number. `nf4` has a kernel of its own for 16 bit: its addresses suit
+rows of 16-bit numbers, and a wrong one made it ten times as slow.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 
 from unsloth_factory.kernels.float8 import FLOAT8, MOST
 from unsloth_factory.kernels.launch import jit, runs_triton, tl
-from unsloth_factory.kernels.nf4 import BLOCK_SIZE, Packed, maxima
+from unsloth_factory.kernels.nf4 import BLOCK_SIZE, Packed, maxima, maximum_of
 from unsloth_factory.kernels.nf4 import twin as sixteen_bit_twin
 
 ROWS = 128
@@ -35,18 +35,9 @@ def _kernel(
     known = row < rows
     group = tl.program_id(1)
     block = row * (columns // 64) + group
-    start = block * 0
-    scale_start = block * 0
-    offset = tl.load(offsets_ptr) + 0.0 * block.to(tl.float32)
-    for part in tl.static_range(1, PARTS):
-        boundary = tl.load(starts_ptr + part).to(tl.int32)
-        later = block >= boundary
-        start = tl.where(later, boundary, start)
-        scale_start = tl.where(later, tl.load(scale_starts_ptr + part).to(tl.int32), scale_start)
-        offset = tl.where(later, tl.load(offsets_ptr + part), offset)
-    maximum = tl.load(absmax_code_ptr + tl.load(absmax_ptr + block, mask=known, other=0).to(tl.int32))
-    scale = tl.load(scales_ptr + scale_start + (block - start) // 256, mask=known, other=0.0)
-    maximum = (maximum * scale + offset)[:, None]
+    maximum = maximum_of(
+        block, known, absmax_ptr, scales_ptr, offsets_ptr, starts_ptr, scale_starts_ptr, absmax_code_ptr, PARTS
+    )[:, None]
     byte = tl.arange(0, 32)[None, :]
     inside = known[:, None] & (byte < 32)
     packed = tl.load(codes_ptr + block[:, None] * 32 + byte, mask=inside, other=0).to(tl.int32)
