@@ -20,6 +20,7 @@ from unsloth_factory.kernels import attention, float8, nf4_float8, rms_norm, rot
 from unsloth_factory.kernels.attention import Attended, Documents
 from unsloth_factory.kernels.rotary import Heads
 from unsloth_factory.model.fast import linear
+from unsloth_factory.model.fast.arena import Arena
 from unsloth_factory.model.fast.decoder import FastDecoder
 from unsloth_factory.model.fast.layer import Layer, Norms, Row, Saving
 from unsloth_factory.model.fast.linear import FusedLinear, LoraPair, Part
@@ -202,3 +203,34 @@ def test_factors_in_float8_are_planned_too(shape: str, monkeypatch: pytest.Monke
     found = most(decoder, spec, [Saving.RECOMPUTE] * (LAYERS - 1) + [Saving.KEEP], False)
     planned = workspace(spec, TOKENS, SIZE, float8=True) + launched(spec, TOKENS, SIZE, 0, 2 * RANK * 7)
     assert 0.8 * planned < found <= planned
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_tail_holds_no_more_than_is_allowed_for(shape: str) -> None:
+    """Beside what it keeps for its backward pass, which lies in the arena."""
+    hidden, intermediate, heads = SHAPES[shape]
+    spec = DecoderSpec(
+        "qwen3", LAYERS, hidden, intermediate, Heads(heads, 8, 128), 1, 1e-6, True, (False, False), False
+    )
+    decoder, positions = stack(spec), TOKENS // 2
+    layer, arena = decoder.stack[-1], Arena(SIZE * positions * (8 * hidden + 4 * intermediate), torch.bfloat16, META)
+
+    def numbers(*sizes: int) -> torch.Tensor:
+        return torch.empty(*sizes, dtype=torch.bfloat16, device=META)
+
+    x, wide, index = (
+        numbers(TOKENS, hidden),
+        layer.out.input(TOKENS),
+        torch.zeros(positions, dtype=torch.int64, device=META),
+    )
+    dhidden = numbers(positions, hidden)
+    with torch.no_grad(), Held() as held:
+        out, kept = decoder.tail.forward(x, wide, index, arena)
+        del out
+        decoder.tail.backward(dhidden, kept)
+        peak = held.peak
+    assert arena.outside == 0
+    matrix = 2 * intermediate * hidden
+    found = peak / SIZE + matrix
+    allowed = matrix + positions * (3 * intermediate + 4 * hidden)
+    assert 0.4 * allowed < found <= allowed
