@@ -46,7 +46,7 @@ class ModelSettings:
     engine: Engine = "auto"
     """Which implementation runs the model; auto prints its choice and the reason."""
     matmul: Matmul = "exact"
-    """Products with frozen 4-bit weights; fp8 (RTX 40, H100 and later) is not exact, and says how far a layer is off."""
+    """Products with frozen 4-bit weights; fp8 (RTX 40, H100 and later) is not exact, and says how far off it is."""
     low_memory: bool = False
     """Take as little GPU memory as --engine fast can: the embedding stays in the CPU's, every layer is recomputed."""
     max_memory: Bytes | None = None
