@@ -27,6 +27,8 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TRITON = DEVICE.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+OLD_GPU = DEVICE.type == "cuda" and torch.cuda.get_device_capability() < float8.CAPABILITY
+needs_float8 = pytest.mark.skipif(OLD_GPU, reason="GPUs before RTX 40 and H100 have no float8")
 needs_triton = pytest.mark.skipif(not TRITON, reason="runs the Triton kernels: needs TRITON_INTERPRET=1 or a GPU")
 
 
@@ -252,6 +254,7 @@ def steps_apart(one: torch.Tensor, other: torch.Tensor) -> float:
     return float((first != second).float().mean())
 
 
+@needs_float8
 @needs_triton
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("shapes", NF4_SHAPES)
@@ -275,6 +278,7 @@ def test_nf4_to_float8_uses_its_whole_range(shapes):
 FLOAT8_SHAPES = [(1, 16), (5, 100), (3, 4096), (2, 9000)]
 
 
+@needs_float8
 @needs_triton
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", FLOAT8_SHAPES)
@@ -298,6 +302,7 @@ def test_float8_rows_have_scales_of_their_own():
     assert torch.isfinite(found.float()).all()
 
 
+@needs_float8
 def test_float8_product():
     """As torch's own operation has it, which a GPU runs: factors, scales and layouts mean the same."""
     x, matrix = draw(33, 64, dtype=torch.bfloat16), draw(48, 64, seed=1)
