@@ -188,6 +188,9 @@ def test_it_is_looked_at_before_a_training_trusts_it(random_model_dir, cuda, mon
         assert f"the {what} is off by" in str(found)
     for name, gradient in before.items():
         assert torch.equal(fast.get_parameter(name).grad, gradient)
+    fast.zero_grad()
+    self_check.problem(decoder)
+    assert all(parameter.grad is None for parameter in fast.parameters())
 
 
 def test_when_it_pays():

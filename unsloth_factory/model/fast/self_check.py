@@ -35,6 +35,7 @@ def problem(decoder: Any) -> str | None:
     Args:
         decoder: A `FastDecoder` on a GPU whose adapter is bound; its gradients and its plans are left as they were.
     """
+    held = [(parameter, parameter.grad) for parameter in (*decoder.parameters(), *decoder.adapter.parameters)]
     kept, forced = decoder.adapter.snapshot(), decoder.planner.forced
     # The least memory that a graph can do with: a card that can train can be checked. Only a last layer that keeps all
     # may be done for some positions alone.
@@ -48,6 +49,8 @@ def problem(decoder: Any) -> str | None:
         return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200] if str(error).strip() else ''}"
     finally:
         decoder.adapter.restore(kept)
+        for parameter, gradient in held:
+            parameter.grad = gradient
         if decoder.graphs is not None:
             decoder.graphs.drop()
         decoder.planner.forced = forced
@@ -100,14 +103,16 @@ def _replayed(decoder: Any, x: torch.Tensor, dy: torch.Tensor, row: Row, limit: 
 def _both_passes(
     decoder: Any, x: torch.Tensor, row: Row, index: torch.Tensor | None, dy: torch.Tensor
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """(hidden states of some positions or all, all gradients of the adapter) by graphs."""
+    """(hidden states of some positions or all, the gradients in the first and in the last layer) by graphs."""
     with torch.enable_grad():
         hidden = decoder.graphs.run(x, row, index)
         for layer in decoder.stack:
             for projection in layer.projections.values():
                 projection.clear_gradients()
         hidden.backward(dy)
-    return hidden.detach(), decoder.adapter.snapshot()
+    # not those of all layers: with rank 256 they are 3 GB
+    ends = [layer.projections.values() for layer in (decoder.stack[0], decoder.stack[-1])]
+    return hidden.detach(), [torch.cat([g.flatten() for one in end for g in one.gradients()]) for end in ends]
 
 
 def one_layer(decoder: Any, x: torch.Tensor, dy: torch.Tensor, row: Row) -> dict[str, torch.Tensor]:
