@@ -71,8 +71,8 @@ def packed() -> nf4.Packed:
     return nf4.Packed(**bytes_, **floats, **starts, absmax_code=torch.zeros(256), shape=(128, HIDDEN))
 
 
-def launch_all(dtype: torch.dtype) -> None:
-    """Each launcher once or, where kernels differ by an argument, once for each."""
+def launch_all(dtype: torch.dtype, capability: int) -> None:
+    """Each launcher once or, where kernels differ by an argument, once for each; float8 where that GPU has it."""
 
     def rows(columns: int, room: int = ROOM) -> torch.Tensor:
         return torch.zeros(4, columns + room, dtype=dtype)[:, :columns]
@@ -105,7 +105,7 @@ if __name__ == "__main__":
     capability = int(sys.argv[1])
     made = compile_only(capability)
     for dtype in (torch.float16,) if capability < 80 else (torch.float16, torch.bfloat16):
-        launch_all(dtype)
+        launch_all(dtype, capability)
     for kernel in made:
         assert f".target sm_{capability}" in kernel.asm["ptx"], kernel.name
         assert kernel.asm["cubin"], kernel.name

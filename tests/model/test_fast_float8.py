@@ -131,6 +131,16 @@ def test_what_it_costs_is_said(random_model_dir):
     assert "not exact" in answering.engine_reason
 
 
+def test_an_adapter_that_answers_and_does_not_train(random_model_dir, tmp_path, monkeypatch):
+    trained = load(random_model_dir, for_training=True)
+    adapter = trained.save_adapter(tmp_path / "adapter", {})
+    monkeypatch.setattr("unsloth_factory.model.load._on_a_gpu", lambda loaded: True)
+    settings = ModelSettings(model=str(random_model_dir), adapter=str(adapter), engine="fast", matmul="fp8")
+    loaded = load_model(settings, quantization_bit=4, dtype=torch.float32, device=CPU)
+    assert loaded.has_adapter
+    assert "a layer's output is off by" in loaded.engine_reason
+
+
 def test_a_machine_that_cannot_is_told_apart(random_model_dir, monkeypatch):
     """Looked at before it is trusted, also when nothing is trained; a GPU's own error is no traceback."""
     monkeypatch.setattr("unsloth_factory.model.load._on_a_gpu", lambda loaded: True)

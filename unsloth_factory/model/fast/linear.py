@@ -158,7 +158,7 @@ class FusedLinear:
     def gradients(self) -> list[torch.Tensor]:
         """Where gradients are added up: of A of all parts, and of each B; or of trained weights and biases."""
         own = [parameter for one in self.trained for parameter in (one.weight, one.bias)]
-        adapter = [self._a_gradient, *self._b_gradients.values()] if self.rank else []
+        adapter = [self._a_gradient, *self._b_gradients.values()] if self._b_gradients else []
         return adapter + [one.grad for one in own if one is not None and one.grad is not None]
 
     def clear_gradients(self) -> None:
@@ -289,7 +289,7 @@ class FusedLinear:
             add_product(one.weight.grad, dy.t(), x, 1.0)
             if one.bias is not None and one.bias.grad is not None:
                 one.bias.grad += dy.float().sum(0)
-        if t is None:
+        if t is None or not self._b_gradients:  # no adapter, or one that answers and does not train
             return
         dt = wide[:, self.outputs :]
         if seed is None:
